@@ -1,0 +1,231 @@
+"""Declared parameters, and the command lines that they fill."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from upq.errors import BadParams
+from upq.params import ParamSpec, argv, placeholders, split_command, suggest
+
+
+def check(declaration: str, **params: Any) -> dict[str, Any]:
+    return ParamSpec.parse(declaration).check(params)
+
+
+def fault(declaration: str, **params: Any) -> str:
+    with pytest.raises(BadParams) as caught:
+        check(declaration, **params)
+    return str(caught.value)
+
+
+def test_text_from_the_line_becomes_what_was_declared() -> None:
+    got = check(
+        "n:int x:float ok:bool file:path level:choice(a, b) more:json any:any text",
+        n="-50",
+        x="1.5",
+        ok="Yes",
+        file="/a b",
+        level="b",
+        more='{"a": [1]}',
+        any="5",
+        text="5",
+    )
+    assert got == {
+        "n": -50,
+        "x": 1.5,
+        "ok": True,
+        "file": "/a b",
+        "level": "b",
+        "more": {"a": [1]},
+        "any": "5",
+        "text": "5",
+    }
+    assert json.loads(json.dumps(got)) == got
+
+
+def test_values_from_json_are_taken_as_they_are() -> None:
+    values = {"n": 50, "x": 1.5, "ok": False, "more": [1], "any": None}
+    assert check("n:int x:float ok:bool more:json any:any", **values) == values
+
+
+def test_checking_twice_changes_nothing() -> None:
+    spec = ParamSpec.parse("n:int ok:bool more:json level:choice(a,b)=a x:float=2")
+    once = spec.check({"n": "1", "ok": "", "more": "[1]"})
+    assert once == {"n": 1, "ok": True, "more": [1], "level": "a", "x": 2.0}
+    assert spec.check(once) == once
+
+
+def test_a_bare_name_is_a_yes() -> None:
+    assert check("force:bool", force="") == {"force": True}
+
+
+def test_optional_parameters_stay_away_and_defaults_come_in() -> None:
+    declaration = 'a? b:int=3 c="two words" d:path?'
+    assert check(declaration) == {"b": 3, "c": "two words"}
+    assert check(declaration, a="", b="4") == {"a": "", "b": 4, "c": "two words"}
+
+
+@pytest.mark.parametrize(
+    ("declaration", "value", "text"),
+    [
+        ("fid:int", "abc", "fid: 'abc' is not a whole number"),
+        ("fid:int", "", "fid: '' is not a whole number"),
+        ("fid:int", "1_0", "fid: '1_0' is not a whole number"),
+        ("fid:int", "1" * 19, f"fid: '{'1' * 19}' is not a whole number"),
+        ("fid:int", True, "fid: True is not a whole number"),
+        ("fid:int", 1.5, "fid: 1.5 is not a whole number"),
+        ("fid:float", "nan", "fid: 'nan' is not a number"),
+        ("fid:float", "1e999", "fid: '1e999' is not a number"),
+        ("fid:float", True, "fid: True is not a number"),
+        ("fid:float", [], "fid: [] is not a number"),
+        ("fid:bool", "maybe", "fid: 'maybe' is not yes or no"),
+        ("fid:path", "etc/passwd", "fid: 'etc/passwd' is not an absolute path"),
+        ("fid:path", "/a\0b", r"fid: '/a\x00b' is not an absolute path"),
+        ("fid:choice(a,b)", "c", "fid: 'c' is not one of a, b"),
+        ("fid:json", "5", "fid: '5' is not a JSON object or list"),
+        ("fid:json", "[" * 100_000, f"fid: '{'[' * 76}... is not a JSON object or list"),
+        ("fid", 5, "fid: 5 is not text"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_named_with_its_parameter(
+    declaration: str, value: Any, text: str
+) -> None:
+    assert fault(declaration, fid=value) == text
+
+
+def test_every_fault_is_told_at_once() -> None:
+    text = fault("fid:int path:path level", fdi="1", path="x")
+    assert text == (
+        "unknown parameter 'fdi' (did you mean fid?); fid: is missing;"
+        " path: 'x' is not an absolute path; level: is missing"
+    )
+
+
+def test_thousands_of_unknown_parameters_make_a_short_answer() -> None:
+    assert len(fault("a?", **{f"b{number}": "" for number in range(5000)})) < 200
+
+
+def test_a_secret_value_is_not_repeated() -> None:
+    with pytest.raises(BadParams, match=r"^pin: the value is not a whole number$"):
+        ParamSpec.parse("pin:int").check({"pin": "hunter2"}, secret={"pin"})
+
+
+@pytest.mark.parametrize(
+    ("declaration", "text"),
+    [
+        ("fid:itn", r"fid: no type 'itn' \(did you mean int\?\)"),
+        ("a b a:int", "a is declared twice"),
+        ("x:choice", r"x: choice\(a,b\) takes its values in brackets"),
+        ("x:choice()", r"x: choice\(a,b\) takes its values in brackets"),
+        ("x:int(1)", r"x: choice\(a,b\) takes its values in brackets"),
+        ("x:int=abc", "x: the default 'abc' is not a whole number"),
+        ("x:choice(a,b)=c", "x: the default 'c' is not one of a, b"),
+        ("a b:int,c", "'b:int,c' is not name:type"),
+        ("a:", "'a:' is not name:type"),
+        ("1a", "'1a' is not name:type"),
+    ],
+)
+def test_a_fault_in_a_declaration_names_the_parameter(declaration: str, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        ParamSpec.parse(declaration)
+
+
+def test_only_what_looks_alike_is_suggested() -> None:
+    assert suggest("concurent", ["enabled", "concurrent"]) == " (did you mean concurrent?)"
+    assert suggest("xyz", ["enabled", "concurrent"]) == ""
+
+
+def test_placeholders_are_named_once_in_their_order() -> None:
+    assert placeholders("cp --mode={mode} {b} '{a} {{no}}' {b}") == ["mode", "b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        ("", "is empty"),
+        ("echo 'a", "No closing quotation"),
+        ("awk '{print $1}' {file}", "lone brace"),
+        ("echo }", "lone brace"),
+        ("{program} x", "program itself"),
+        ("sh -c 'echo {x}'", "would run as code"),
+        ("/usr/bin/env bash -ec {x}", "would run as code"),
+    ],
+)
+def test_a_command_that_cannot_be_safe_is_refused(command: str, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        split_command(command)
+
+
+def test_a_shell_script_gets_values_as_arguments() -> None:
+    words = split_command("""sh -c 'printf %s "$1"' sh {x}""")
+    done = subprocess.run(argv(words, {"x": "a; echo $(id)"}), capture_output=True, check=True)
+    assert done.stdout == b"a; echo $(id)"
+
+
+def test_each_word_is_one_argument_and_double_braces_are_braces() -> None:
+    words = split_command("resize --size={size} 'a {path}' {{x}} {flag} {more}")
+    filled = argv(words, {"path": "b c", "size": 20, "flag": True, "more": {"k": "ä"}})
+    assert filled == ["resize", "--size=20", "a b c", "{x}", "true", '{"k": "ä"}']
+
+
+def test_a_word_whose_parameter_is_not_given_is_left_out() -> None:
+    words = split_command("ls --sort={sort} {path}")
+    assert argv(words, {"path": "/"}) == ["ls", "/"]
+    assert argv(words, {"path": "/", "sort": ""}) == ["ls", "--sort=", "/"]
+
+
+@pytest.mark.parametrize(
+    ("command", "params"),
+    [
+        ("rm {a}", {"a": "-rf"}),
+        ("rm {a}", {"a": -1}),
+        ("rm {a}{b}", {"a": "", "b": "-rf"}),
+        ("rm {a}-rf", {"a": ""}),
+        ("rm {a} --", {"a": "-rf"}),
+        ("rm x--y {a}", {"a": "-rf"}),
+    ],
+)
+def test_a_value_cannot_become_an_option(command: str, params: dict[str, Any]) -> None:
+    with pytest.raises(BadParams, match=r"^a: a value that begins with '-' is not accepted$"):
+        argv(split_command(command), params)
+
+
+@pytest.mark.parametrize(
+    ("command", "last"),
+    [("rm -- {a}", "-rf"), ("rm --size={a}", "--size=-rf"), ("rm -{a}", "--rf")],
+)
+def test_a_value_may_begin_with_a_dash_where_it_cannot_be_an_option(
+    command: str, last: str
+) -> None:
+    assert argv(split_command(command), {"a": "-rf"})[-1] == last
+
+
+def test_a_nul_is_refused() -> None:
+    with pytest.raises(BadParams, match=r"^a: holds a NUL character$"):
+        argv(split_command("echo x{a}"), {"a": "\0"})
+
+
+_ANY_TEXT = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"))
+
+
+@given(_ANY_TEXT)
+def test_any_text_reaches_the_program_as_one_argument(text: str) -> None:
+    assert argv(split_command("echo -- {a} ={a}"), {"a": text}) == ["echo", "--", text, f"={text}"]
+
+
+@pytest.mark.parametrize(
+    "payload",
+    ["; touch canary", "| touch canary", "$(touch canary)", "`touch canary`", "x\ntouch canary"],
+)
+def test_nothing_in_a_value_is_run(payload: str, tmp_path: Path) -> None:
+    words = argv(split_command("printf %s -- {a}"), {"a": payload})
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, check=True)
+    assert done.stdout.endswith(payload.encode())
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,154 @@
+"""The error tree, drawn once; each error knows the code a client sees and the daemon's exit status.
+
+UpqError
+├── RequestError            answered as `ERR <code> <text>`, the connection stays open
+│   ├── UnknownCommand      unknown_command   no such job type or verb
+│   ├── Disabled            disabled          the type's section says enabled = no, or has no file
+│   ├── Broken              broken            the type's module cannot be loaded (file:line)
+│   ├── BadParams           bad_params        the arguments do not fit
+│   ├── Refused             refused           the job's own check() said no
+│   ├── KeyConflict         key_conflict      the same @key: with other params
+│   ├── NotFound            not_found         no job, queue or output of that name
+│   ├── WrongState          wrong_state       the job's state does not allow it
+│   ├── Busy                busy              a limit is reached, come back later
+│   ├── Denied              denied            the peer has no right to it
+│   ├── TooLong             too_long          a line, value or result over its limit
+│   ├── BadText             bad_text          not UTF-8, or control characters
+│   ├── Stopping            stopping          the daemon is on its way out
+│   ├── TimedOut            timeout           a wait ended before the job did
+│   ├── Unavailable         unavailable       the database is away; nothing was changed
+│   └── Uncertain           uncertain         the database went away in the commit
+├── StartError              the daemon cannot start; exit status says why (sysexits.h)
+│   ├── DatabaseUnusable    69
+│   ├── CannotCreate        73  socket, lock or pid file
+│   ├── AlreadyRunning      75
+│   ├── NotAllowed          77
+│   └── ConfigError         78  every fault of the configuration, with file and line
+├── Retry                   raised by a job: try again after so many seconds
+└── Abort                   raised by a job: fail for good, whatever `retries` says
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class UpqError(Exception):
+    """Base of every error of upq. `code` is the one word a client sees."""
+
+    code = "internal"
+
+
+class RequestError(UpqError):
+    """A request that is answered with `ERR <code> <text>`."""
+
+
+class UnknownCommand(RequestError):
+    code = "unknown_command"
+
+
+class Disabled(RequestError):
+    code = "disabled"
+
+
+class Broken(RequestError):
+    code = "broken"
+
+
+class BadParams(RequestError):
+    code = "bad_params"
+
+
+class Refused(RequestError):
+    code = "refused"
+
+
+class KeyConflict(RequestError):
+    code = "key_conflict"
+
+
+class NotFound(RequestError):
+    code = "not_found"
+
+
+class WrongState(RequestError):
+    code = "wrong_state"
+
+
+class Busy(RequestError):
+    code = "busy"
+
+
+class Denied(RequestError):
+    code = "denied"
+
+
+class TooLong(RequestError):
+    code = "too_long"
+
+
+class BadText(RequestError):
+    code = "bad_text"
+
+
+class Stopping(RequestError):
+    code = "stopping"
+
+
+class TimedOut(RequestError):
+    code = "timeout"
+
+
+class Unavailable(RequestError):
+    code = "unavailable"
+
+
+class Uncertain(RequestError):
+    code = "uncertain"
+
+
+class StartError(UpqError):
+    """The daemon cannot start. `exit_status` follows sysexits.h."""
+
+    exit_status = 70
+
+
+class DatabaseUnusable(StartError):
+    exit_status = 69
+
+
+class CannotCreate(StartError):
+    exit_status = 73
+
+
+class AlreadyRunning(StartError):
+    exit_status = 75
+
+
+class NotAllowed(StartError):
+    exit_status = 77
+
+
+class ConfigError(StartError):
+    """Every fault found in one pass over the configuration, each as `file:line: text`."""
+
+    exit_status = 78
+
+    def __init__(self, faults: Iterable[str]) -> None:
+        self.faults = list(faults)
+        super().__init__("\n".join(self.faults))
+
+
+class Retry(UpqError):
+    """Raise in `run()` to fail this attempt and try again, if any retries are left.
+
+    after: seconds to wait; None leaves it to the type's retry_delay and retry_backoff.
+    """
+
+    def __init__(self, message: str = "", after: float | None = None) -> None:
+        self.after_s = after
+        super().__init__(message)
+
+
+class Abort(UpqError):
+    """Raise in `run()` to fail the job for good, without further attempts."""

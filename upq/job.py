@@ -1,0 +1,136 @@
+"""The words: states, the job row, what is submitted and how a job ends. Imports nothing of upq.
+
+Times are integers, microseconds since 1970 UTC, in fields that end in `_at`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+#: Waits for its turn; with `run_at`, not before that time.
+QUEUED = "queued"
+#: Waits for earlier jobs (`@after:`); also shown for jobs whose type or queue cannot run now.
+BLOCKED = "blocked"
+#: Claimed by a daemon; a parent that waits for a child stays running.
+RUNNING = "running"
+#: Ended well.
+DONE = "done"
+#: Ended badly, with no attempt left.
+FAILED = "failed"
+#: Ended on request.
+CANCELLED = "cancelled"
+#: Was not started before its `expires_at`.
+EXPIRED = "expired"
+
+STATES = (QUEUED, BLOCKED, RUNNING, DONE, FAILED, CANCELLED, EXPIRED)
+FINAL = frozenset((DONE, FAILED, CANCELLED, EXPIRED))
+
+#: Names for `@priority:`; larger goes first.
+PRIORITIES = {"high": 10, "default": 0, "low": -10}
+
+#: Bytes of JSON that a stored result may have.
+RESULT_LIMIT_BYTES = 1 << 20
+
+
+class Job(NamedTuple):
+    """A row of the job table, as it was read. Frozen: only `queue` changes a job."""
+
+    id: int
+    lane: int
+    type: str
+    queue: str
+    state: str
+    #: Why it is in this state, where the state alone does not say it; "" otherwise.
+    reason: str
+    #: As submitted, never changed.
+    params: dict[str, Any]
+    #: The job's data as the last attempt left it.
+    data: dict[str, Any]
+    #: What else the submit or the type asked for: chain, timeout_s, retries, ...
+    options: dict[str, Any]
+    #: Lower goes first: minus the priority.
+    rank: int
+    run_at: int | None
+    #: Runs as users count them; an interrupted one is given back.
+    attempt: int
+    #: Raised by each claim.
+    starts: int
+    #: Starts that ended with the death of the daemon.
+    crashes: int
+    #: Random 63 bits of the current claim: the fence; 0 when not running.
+    token: int
+    cancel_asked: bool
+    parent: int | None
+    root: int
+    submitter: str
+    result: Any
+    message: str
+    progress: dict[str, Any] | None
+    created_at: int
+    started_at: int | None
+    ended_at: int | None
+
+
+@dataclass(slots=True)
+class NewJob:
+    """A job to be queued."""
+
+    type: str
+    params: dict[str, Any]
+    #: Defaults to the type's own queue.
+    queue: str = ""
+    #: Larger goes first.
+    priority: int = 0
+    run_at: int | None = None
+    #: Key of `@key:`; "" for none.
+    key: str = ""
+    #: Ids that have to be done before.
+    after: tuple[int, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    submitter: str = ""
+    parent: int | None = None
+    root: int | None = None
+    child_key: str | None = None
+
+
+class Accepted(NamedTuple):
+    """The answer to a submit that is on disk."""
+
+    id: int
+    #: True when an earlier submit with the same key or child key had queued it.
+    duplicate: bool = False
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How one attempt ended."""
+
+    #: DONE, FAILED, CANCELLED, or QUEUED for another attempt.
+    state: str
+    message: str = ""
+    result: Any = None
+    #: jobdata as the attempt left it.
+    data: dict[str, Any] | None = None
+    #: For QUEUED: the time before which the next attempt does not start.
+    run_at: int | None = None
+    reason: str = ""
+    #: The last that was reported; None when nothing was.
+    progress: dict[str, Any] | None = None
+    #: Captured output, or None when there was none.
+    output: Output | None = None
+    #: False for an attempt that an interruption took away and that does not count.
+    counts: bool = True
+
+    @property
+    def is_retry(self) -> bool:
+        """Whether a failed attempt is followed by another."""
+        return self.state == QUEUED and self.counts
+
+
+class Output(NamedTuple):
+    """Captured output of one attempt, head and tail, with what was left out between."""
+
+    text: str
+    size_bytes: int
+    truncated: bool
