@@ -1,0 +1,303 @@
+"""The database: how it is reached, that it is durable, and of the right version.
+
+What is written goes through `writer`; jobs' own tables are reached through `Database.jobs`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import event as sa_event
+from sqlalchemy.engine import URL, Connection, Engine, make_url
+
+from upq import schema
+from upq.errors import AlreadyRunning, DatabaseUnusable, Unavailable
+
+#: Seconds for a connection to be made, and for a statement to be answered.
+CONNECT_S, STATEMENT_S = 5, 10
+SQLITE_MIN = (3, 38, 0)
+MARIADB_MIN = (10, 6)
+MYSQL_MIN = (8, 0)
+
+#: Held by a connection while it migrates, and gone with it.
+MIGRATION_LOCKS = {"postgresql": "pg_advisory_lock(8797)", "mysql": "GET_LOCK('upq', 86400)"}
+
+PRAGMAS = {
+    "journal_mode": "wal",
+    "synchronous": 2,
+    "busy_timeout": 5000,
+    "foreign_keys": 1,
+    "trusted_schema": 0,
+    "mmap_size": 0,
+}
+
+
+class Database:
+    """The engines of one database URL. `prepare()` comes first; `close()` may be called twice."""
+
+    def __init__(self, url: str, *, durable: bool = True, jobs_file: Path | None = None) -> None:
+        self.url = read_url(url)
+        self.durable = durable
+        self.kind = self.url.get_backend_name().replace("mariadb", "mysql")
+        self._jobs_file = jobs_file
+        self._lock_fd: int | None = None
+        try:
+            self._engine = self._make(self.url, pool_size=1, by_key=True)
+            self.readers = self._make(self.url, pool_size=4, readonly=True)
+            jobs_url = self.url
+            if self.kind == "sqlite":
+                self.file = Path(self.url.database or "")
+                jobs_url = URL.create("sqlite", database=str(jobs_file or self.file))
+            #: For the jobs' own tables; on SQLite a file of its own.
+            self.jobs = self._make(jobs_url, pool_size=5)
+        except (ImportError, sa.exc.ArgumentError) as error:
+            raise DatabaseUnusable(f"[db] url = {self}: {error}") from error
+
+    def __str__(self) -> str:
+        """The URL without its password, wherever that stands."""
+        hidden = {k: "***" if "passw" in k.lower() else v for k, v in self.url.query.items()}
+        return self.url.set(query=hidden).render_as_string(hide_password=True)
+
+    @property
+    def dialect(self) -> sa.Dialect:
+        return self._engine.dialect
+
+    def _make(
+        self,
+        url: URL,
+        pool_size: int,
+        *,
+        readonly: bool = False,
+        by_key: bool = False,
+        statement_s: int = STATEMENT_S,
+    ) -> Engine:
+        options: dict[str, Any] = {
+            "pool_size": pool_size,
+            "max_overflow": 4,
+            "pool_timeout": CONNECT_S,
+        }
+        if self.kind == "sqlite":
+            args: dict[str, Any] = {
+                "check_same_thread": False,
+                "timeout": CONNECT_S,
+                "isolation_level": None,
+            }
+            engine = sa.create_engine(url, connect_args=args, poolclass=sa.QueuePool, **options)
+            sa_event.listen(engine, "connect", lambda c, _: self._set_pragmas(c, readonly))
+            if not readonly:
+                # SQLite takes its write lock late: two readers that both go on to write would
+                # lose updates or fail, so every transaction says at once that it writes.
+                sa_event.listen(
+                    engine, "begin", lambda c: c.exec_driver_sql("BEGIN IMMEDIATE") and None
+                )
+            return engine
+        options["pool_pre_ping"] = True
+        if self.kind == "mysql":
+            args = {
+                "connect_timeout": CONNECT_S,
+                "read_timeout": statement_s or None,
+                "write_timeout": statement_s or None,
+                "charset": "utf8mb4",
+            }
+            engine = sa.create_engine(
+                url, connect_args=args, isolation_level="READ COMMITTED", **options
+            )
+            sa_event.listen(engine, "connect", _set_mysql)
+            return engine
+        if self.kind == "postgresql":
+            settings = (
+                f"-c statement_timeout={statement_s * 1000}"
+                f" -c lock_timeout={statement_s * 500}"
+                f" -c synchronous_commit={'on' if self.durable else 'off'}"
+            )
+            if by_key:
+                # The writer finds its rows by key. A plan made while the table was small would
+                # read all of it, long after it has grown.
+                # The costs that this pretends must not start the compiler, either.
+                settings += " -c enable_seqscan=off -c enable_hashjoin=off -c enable_mergejoin=off"
+                settings += " -c jit=off"
+            args = {
+                "connect_timeout": CONNECT_S,
+                "tcp_user_timeout": STATEMENT_S * 1000,
+                "options": settings,
+            }
+            return sa.create_engine(
+                url, connect_args=args, isolation_level="READ COMMITTED", **options
+            )
+        raise DatabaseUnusable(f"[db] url = {self}: SQLite, MariaDB/MySQL or PostgreSQL it must be")
+
+    def _set_pragmas(self, connection: Any, readonly: bool) -> None:
+        wanted = dict(PRAGMAS) if self.durable else {**PRAGMAS, "synchronous": 1}
+        for name, value in wanted.items():
+            connection.execute(f"PRAGMA {name}={value}")
+            found = connection.execute(f"PRAGMA {name}").fetchone()
+            if found and found[0] != value:
+                raise DatabaseUnusable(f"{self}: PRAGMA {name} is {found[0]}, not {value}")
+        if readonly:
+            connection.execute("PRAGMA query_only=ON")
+
+    # Start and end
+
+    def prepare(self) -> None:
+        """Lock, connect, verify durability and bring the tables to this version.
+
+        Raises AlreadyRunning, or DatabaseUnusable with advice.
+        """
+        if self.kind == "sqlite":
+            self._lock_file()
+        try:
+            with self._engine.connect() as connection:
+                self._verify(connection)
+            self._migrate()
+        except (sa.exc.SQLAlchemyError, sqlite3.Error) as error:
+            cause = getattr(error, "orig", None) or error
+            raise DatabaseUnusable(f"{self}: {one_line(cause)}") from error
+
+    def close(self) -> None:
+        for engine in (self._engine, self.readers, self.jobs):
+            engine.dispose()
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
+
+    def _lock_file(self) -> None:
+        """Hold `<file>.lock` for life: SQLite serves one daemon."""
+        path = f"{self.file}.lock"
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise DatabaseUnusable(f"{path}: {error.strerror}") from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(fd)
+            raise AlreadyRunning(
+                f"{self.file}: another upq daemon uses this database; SQLite serves one"
+                " (several daemons share a MariaDB or PostgreSQL database)"
+            ) from error
+        self._lock_fd = fd
+
+    def _verify(self, connection: Connection) -> None:
+        def ask(question: str) -> str:
+            return str(connection.exec_driver_sql(question).scalar())
+
+        if self.kind == "sqlite":
+            if sqlite3.sqlite_version_info < SQLITE_MIN:
+                raise DatabaseUnusable(f"SQLite {sqlite3.sqlite_version} is too old: 3.38 or newer")
+            return
+        if self.kind == "postgresql":
+            needed = {"fsync": "on", "full_page_writes": "on", "synchronous_commit": "on"}
+            found = {name: ask(f"SHOW {name}") for name in needed}
+        else:
+            words = ask("SELECT VERSION()")
+            least = MARIADB_MIN if "mariadb" in words.lower() else MYSQL_MIN
+            if tuple(int(n) for n in words.split("-")[0].split(".")[:2]) < least:
+                raise DatabaseUnusable(
+                    f"{self}: {words} is too old: {least[0]}.{least[1]} or newer"
+                )
+            needed = {"innodb_flush_log_at_trx_commit": "1"}
+            found = {name: ask(f"SELECT @@{name}") for name in needed}
+        weak = [f"{name} = {found[name]}" for name in needed if found[name] != needed[name]]
+        if weak and self.durable:
+            raise DatabaseUnusable(
+                f"{self}: {', '.join(weak)} loses acknowledged jobs in a crash; mend it or set"
+                " durability = relaxed in [db]"
+            )
+
+    def _migrate(self) -> None:
+        """Make the tables, or step an older version up to ours; under a lock, resumable."""
+        with self._migrating() as connection:
+            found = self._version(connection)
+            if found is None:
+                if self.kind == "mysql" and not getattr(connection.dialect, "is_mariadb", True):
+                    schema.collate(schema.MYSQL_COLLATION)
+                schema.meta.create_all(connection)
+                for table in schema.meta.tables.values():
+                    for index in table.indexes:
+                        # A start that was cut off may have made the table only.
+                        index.create(connection, checkfirst=True)
+                connection.execute(sa.insert(schema.version).values(version=schema.VERSION))
+                connection.commit()
+            elif found > schema.VERSION:
+                raise DatabaseUnusable(
+                    f"{self}: its tables are of version {found}, this upq knows {schema.VERSION};"
+                    " install the newer upq again"
+                )
+            elif found < schema.VERSION:
+                # It imports alembic: 180 ms that are seldom due.
+                from upq import migrations  # noqa: PLC0415
+
+                migrations.upgrade(connection, found)
+
+    def _version(self, connection: Connection) -> int | None:
+        """The version of the tables; None when they are not there, or not all of them yet."""
+        if not sa.inspect(connection).has_table(schema.version.name):
+            return None
+        found = connection.execute(sa.select(schema.version.c.version)).scalar_one_or_none()
+        connection.commit()
+        return found
+
+    @contextmanager
+    def _migrating(self) -> Iterator[Connection]:
+        """A connection without time limits that holds the lock on migrations while it is open."""
+        if self.kind == "sqlite":
+            with self._engine.connect() as connection:
+                yield connection
+            return
+        engine = self._make(self.url, 1, statement_s=0)
+        try:
+            with engine.connect() as connection:
+                connection.exec_driver_sql(f"SELECT {MIGRATION_LOCKS[self.kind]}")
+                connection.commit()
+                yield connection
+        finally:
+            engine.dispose()
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A connection to read from, in any thread. Raises Unavailable."""
+        try:
+            with self.readers.connect() as connection:
+                yield connection
+        except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as error:
+            raise Unavailable(one_line(getattr(error, "orig", None) or error)) from error
+
+    def raw(self) -> Any:
+        """The writer's connection: pooled by nobody, given back by `Raw.close()`."""
+        return self._engine.raw_connection()
+
+    def quick_check(self) -> str | None:
+        """What SQLite finds wrong with the file, or None. Reads all of it."""
+        with self.read() as connection:
+            found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
+        return None if found == "ok" else str(found)
+
+
+def read_url(url: str) -> URL:
+    """Raises DatabaseUnusable, which does not repeat what may hold a password."""
+    # A file's path is taken as it stands: make_url would read `%`, `?` and `#` in it.
+    before, _, file = url.partition("sqlite:///")
+    if file and not before:
+        return URL.create("sqlite", database=file)
+    try:
+        return make_url(url)
+    except (sa.exc.ArgumentError, ValueError) as error:
+        raise DatabaseUnusable(
+            "[db] url: this is no URL; it looks like postgresql://user@host/name"
+        ) from error
+
+
+def _set_mysql(connection: Any, _: object) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute("SET SESSION innodb_lock_wait_timeout = 5, SESSION sql_mode = 'TRADITIONAL'")
+
+
+def one_line(error: object) -> str:
+    return " ".join(str(error).split())[:300]

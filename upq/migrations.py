@@ -1,0 +1,51 @@
+"""Steps an older schema up to `schema.VERSION`.
+
+A step and its version number are one transaction, so one that was cut off has not happened. But
+MariaDB and MySQL commit each change of a table by itself: a step must do no harm when it is
+repeated, and asks the helpers here what is there already.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import sqlalchemy as sa
+from alembic.migration import MigrationContext
+from alembic.operations import Operations
+from sqlalchemy.engine import Connection
+
+from upq import schema
+from upq.errors import DatabaseUnusable
+
+log = logging.getLogger(__name__)
+
+Step = Callable[[Operations], None]
+
+#: The step that leads to each version; version 1 was the first.
+STEPS: dict[int, Step] = {}
+
+
+def upgrade(connection: Connection, found: int) -> None:
+    """Bring the tables from version `found` to ours. The caller holds the lock for it."""
+    versions = range(found + 1, schema.VERSION + 1)
+    missing = [version for version in versions if version not in STEPS]
+    if missing:
+        raise DatabaseUnusable(f"no way from version {found} of the tables to {missing[0]}")
+    for version in versions:
+        with connection.begin():
+            STEPS[version](Operations(MigrationContext.configure(connection)))
+            connection.execute(sa.update(schema.version).values(version=version))
+        log.info("the database's tables are of version %d now", version)
+
+
+def has_table(op: Operations, table: str) -> bool:
+    return sa.inspect(op.get_bind()).has_table(table)
+
+
+def has_column(op: Operations, table: str, column: str) -> bool:
+    return any(c["name"] == column for c in sa.inspect(op.get_bind()).get_columns(table))
+
+
+def has_index(op: Operations, table: str, index: str) -> bool:
+    return sa.inspect(op.get_bind()).has_index(table, index)

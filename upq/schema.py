@@ -1,0 +1,184 @@
+"""The tables, the same for SQLite, MariaDB/MySQL and PostgreSQL. What they mean is in `queue`.
+
+Times are integers, microseconds since 1970 UTC. Booleans are 0 and 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Index,
+    Integer,
+    MetaData,
+    SmallInteger,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+from sqlalchemy.dialects.mysql import LONGTEXT
+from sqlalchemy.schema import SchemaItem
+
+#: Raised with each step of `upq.migrations`.
+VERSION = 1
+
+#: What MySQL has in place of MariaDB's collation.
+MYSQL_COLLATION = "utf8mb4_0900_bin"
+
+meta = MetaData()
+# Only INTEGER is SQLite's own row id.
+Big = BigInteger().with_variant(Integer(), "sqlite")
+Long = Text().with_variant(LONGTEXT(), "mysql", "mariadb")
+# MariaDB's default collation takes `abc`, `ABC` and `abc ` for one.
+OPTIONS: dict[str, Any] = {
+    "mysql_engine": "InnoDB",
+    "mysql_charset": "utf8mb4",
+    "mysql_collate": "utf8mb4_nopad_bin",
+}
+
+
+def table(name: str, *parts: SchemaItem) -> Table[Any]:
+    made: Table[Any] = Table(f"upq_{name}", meta, *parts, **OPTIONS)
+    return made
+
+
+version = table("version", Column("version", Integer, primary_key=True, autoincrement=False))
+
+
+def collate(name: str) -> None:
+    """Have the tables made with another collation."""
+    for one in meta.tables.values():
+        one.dialect_options["mysql"]["collate"] = name
+
+
+#: Numbers handed out: `job` ids in blocks ahead, `event` numbers at the end of each transaction.
+counter = table(
+    "counter",
+    Column("name", String(16), primary_key=True),
+    Column("n", Big, nullable=False),
+)
+
+#: One row for each queue and type; `paused` is a fact of a lane, never of a million jobs.
+lane = table(
+    "lane",
+    Column("id", Big, primary_key=True, autoincrement=True),
+    Column("queue", String(255), nullable=False),
+    Column("type", String(64), nullable=False),
+    Column("node", String(255), nullable=False),
+    Column("paused", SmallInteger, nullable=False),
+    UniqueConstraint("queue", "type", "node", name="upq_lane_name"),
+)
+
+job = table(
+    "job",
+    Column("id", Big, primary_key=True, autoincrement=False),
+    Column("lane", Big, nullable=False),
+    Column("type", String(64), nullable=False),
+    Column("queue", String(255), nullable=False),
+    # The lane's id while the job can be claimed, else NULL: what is not due costs a claim nothing.
+    Column("ready", Big),
+    # Minus the priority: both columns ascend, or MariaDB sorts and locks the whole lot.
+    Column("rank", Integer, nullable=False),
+    # The root's id: a tree's children go before younger roots.
+    Column("ord", Big, nullable=False),
+    Column("state", String(10), nullable=False),
+    Column("reason", String(255), nullable=False),
+    Column("params", Long, nullable=False),
+    # jobdata as the last attempt left it; NULL while it is the params.
+    Column("data", Long),
+    Column("options", Long),
+    # When it may start, as users see it; `due_at` is the same while a chore has to wake the job.
+    Column("run_at", Big),
+    Column("due_at", Big),
+    Column("expires_at", Big),
+    Column("attempt", Integer, nullable=False),
+    Column("starts", Integer, nullable=False),
+    Column("crashes", Integer, nullable=False),
+    Column("token", Big, nullable=False),
+    Column("owner", String(32)),
+    Column("lease_until", Big),
+    Column("cancel_asked", SmallInteger, nullable=False),
+    Column("idem_key", String(64)),
+    Column("waits", Integer, nullable=False),
+    Column("parent", Big),
+    Column("root", Big, nullable=False),
+    Column("child_key", String(64)),
+    Column("submitter", String(255), nullable=False),
+    Column("result", Long),
+    Column("message", Long),
+    Column("progress", Text),
+    Column("created_at", Big, nullable=False),
+    Column("started_at", Big),
+    Column("ended_at", Big),
+)
+
+
+def partial(name: str, *columns: str) -> None:
+    """An index over the rows whose first column is not NULL; MariaDB keeps the others too."""
+    only = job.c[columns[0]].is_not(None)
+    Index(name, *(job.c[c] for c in columns), sqlite_where=only, postgresql_where=only)
+
+
+partial("upq_job_ready", "ready", "rank", "ord", "id")
+partial("upq_job_due", "due_at")
+partial("upq_job_parent", "parent")
+Index("upq_job_state", job.c.state, job.c.ended_at, job.c.id)
+Index("upq_job_type", job.c.type, job.c.id)
+Index("upq_job_idem_key", job.c.idem_key, unique=True)
+Index("upq_job_child_key", job.c.child_key, unique=True)
+
+#: Every change of state and every attempt, numbered in the order of the commits.
+event = table(
+    "event",
+    Column("n", Big, primary_key=True, autoincrement=False),
+    Column("job", Big, nullable=False),
+    Column("lane", Big, nullable=False),
+    Column("at", Big, nullable=False),
+    Column("state", String(10), nullable=False),
+    Column("reason", String(255), nullable=False),
+    Column("message", Text),
+    Column("attempt", Integer, nullable=False),
+    Column("node", String(255), nullable=False),
+    Column("who", String(255), nullable=False),
+    Index("upq_event_job", "job", "n"),
+)
+
+#: Captured output, one row an attempt that wrote any.
+output = table(
+    "output",
+    Column("job", Big, primary_key=True, autoincrement=False),
+    Column("attempt", Integer, primary_key=True, autoincrement=False),
+    Column("text", Long, nullable=False),
+    Column("size_bytes", Big, nullable=False),
+    Column("truncated", SmallInteger, nullable=False),
+)
+
+#: `job` waits for `needs`.
+edge = table(
+    "edge",
+    Column("job", Big, primary_key=True, autoincrement=False),
+    Column("needs", Big, primary_key=True, autoincrement=False),
+    Index("upq_edge_needs", "needs"),
+)
+
+#: One row for each start of a daemon; `id` is its incarnation.
+node = table(
+    "node",
+    Column("id", String(32), primary_key=True),
+    Column("name", String(255), nullable=False),
+    Column("machine", String(64), nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("started_at", Big, nullable=False),
+    Column("beat_at", Big, nullable=False),
+)
+
+#: How many jobs a lane has in each state, changed in the transaction that changes the job.
+tally = table(
+    "tally",
+    Column("lane", Big, primary_key=True, autoincrement=False),
+    Column("state", String(10), primary_key=True),
+    Column("n", Big, nullable=False),
+)
