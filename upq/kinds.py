@@ -1,0 +1,252 @@
+"""The kinds of values in `upq.cfg`: what each is called, and how its text is read.
+
+Readers raise ValueError with a sentence about the text.
+"""
+
+from __future__ import annotations
+
+import grp
+import ipaddress
+import logging
+import os
+import pwd
+import re
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
+
+from upq import log, when
+from upq.errors import BadParams
+from upq.job import PRIORITIES
+from upq.notify import parse_target
+from upq.params import BOOLEANS, ParamSpec, shown, split_command, suggest
+
+T = TypeVar("T")
+
+NOT_YET = "not yet available in this version"
+
+_TARGETS = ("mail", "syslog", "retry", "retrywait")
+
+
+@dataclass(frozen=True, slots=True)
+class Kind(Generic[T]):
+    """How the text of a setting is read, and what an empty default stands for."""
+
+    name: str
+    read: Callable[[str], T]
+    empty: T
+    unit: str = ""
+
+
+class Address(NamedTuple):
+    host: str
+    port: int
+
+
+def _one_line(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("has to be one line")
+    return text
+
+
+def _yes_no(text: str) -> bool:
+    if text.lower() not in BOOLEANS:
+        raise ValueError(f"{shown(text)} is not yes or no")
+    return BOOLEANS[text.lower()]
+
+
+def number(low: int, high: int = 10**9, too_low: str = "") -> Kind[int]:
+    def read(text: str) -> int:
+        if not re.fullmatch(r"[+-]?[0-9]{1,18}", text):
+            raise ValueError(f"{shown(text)} is not a whole number")
+        if not low <= int(text) <= high:
+            low_text = too_low if int(text) < low else ""
+            raise ValueError(low_text or f"{text} is not between {low} and {high}")
+        return int(text)
+
+    return Kind("whole number", read, low)
+
+
+def one_of(*words: str) -> Kind[str]:
+    def read(text: str) -> str:
+        if text.lower() not in words:
+            raise ValueError(f"{shown(text)} is none of {', '.join(words)}{suggest(text, words)}")
+        return text.lower()
+
+    return Kind(" | ".join(words), read, words[0])
+
+
+def _above_zero(text: str) -> float:
+    if not (seconds := when.duration(text)):
+        raise ValueError("has to be above 0")
+    return seconds
+
+
+def _mode(text: str) -> int:
+    if not re.fullmatch(r"(0o?)?[0-7]{1,3}", text):
+        raise ValueError(f"{shown(text)} is not an octal mode such as 660")
+    return int(text, 8)
+
+
+def _factor(text: str) -> float:
+    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text) or not 1 <= float(text) <= 10:
+        raise ValueError(f"{shown(text)} is not a number from 1 to 10")
+    return float(text)
+
+
+def _log_format(text: str) -> str:
+    if text != log.JSON:
+        logging.Formatter(text)
+    return text
+
+
+def _account(what: str, look_up: Callable[[str], int]) -> Kind[int | None]:
+    def read(text: str) -> int:
+        try:
+            return int(text) if text.isdecimal() else look_up(text)
+        except KeyError:
+            raise ValueError(f"no {what} {shown(text)} on this machine") from None
+
+    return Kind(f"{what} name or number", read, None)
+
+
+def _priority(text: str) -> int:
+    if text not in PRIORITIES and not re.fullmatch(r"[+-]?[0-9]{1,6}", text):
+        raise ValueError(f"{shown(text)} is not {', '.join(PRIORITIES)} or a whole number")
+    return PRIORITIES[text] if text in PRIORITIES else int(text)
+
+
+def _address(text: str, port: int | None = None) -> Address:
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:]+)\]|([^\s:/\[\]]+))(?::([0-9]{1,5}))?", text)
+    if not match or not (match[3] or port) or int(match[3] or 0) > 65535:
+        raise ValueError(f"{shown(text)} is not host:port")
+    return Address(match[1] or match[2], int(match[3] or port or 0))
+
+
+def _loopback(text: str) -> Address:
+    address = _address(text)
+    try:
+        here = address.host == "localhost" or ipaddress.ip_address(address.host).is_loopback
+    except ValueError:
+        here = False
+    if not here:
+        raise ValueError(
+            f"{shown(text)} is not on this machine (127.0.0.1, ::1, localhost);"
+            f" other addresses need TLS and tokens: {NOT_YET}"
+        )
+    return address
+
+
+def _list(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, re.split(r"[\s,]+", text)))
+
+
+def _principals(text: str) -> tuple[str, ...]:
+    for name in _list(text):
+        if not re.fullmatch(r"\*|@?[A-Za-z0-9_][A-Za-z0-9_.-]*\$?", name):
+            raise ValueError(f"{shown(name)} is not a user, @group or *")
+    return _list(text)
+
+
+def _exit_codes(text: str) -> tuple[int, ...]:
+    return tuple(number(0, 255).read(code) for code in _list(text))
+
+
+def _environment(text: str) -> dict[str, str]:
+    pairs = [word.partition("=") for word in shlex.split(text)]
+    for name, equals, value in pairs:
+        if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ValueError(f"{shown(name + equals + value)} is not NAME=value")
+    return {name: value for name, _, value in pairs}
+
+
+def _node_name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", text):
+        raise ValueError(f"{shown(text)} is not a name of letters, digits, '.', '_' and '-'")
+    return text
+
+
+_DRIVERS = {
+    "sqlite": "sqlite",
+    **dict.fromkeys(("mysql", "mariadb", "mysql+pymysql", "mariadb+pymysql"), "mysql+pymysql"),
+    **dict.fromkeys(("postgresql", "postgres", "postgresql+psycopg"), "postgresql+psycopg"),
+}
+
+
+def _database(text: str) -> str:
+    """The URL with its full driver name. What is refused is not repeated: it may be a password."""
+    scheme, colon, rest = text.partition("://")
+    if not colon:
+        raise ValueError("begins with none of sqlite:///, mysql://, postgresql://")
+    if scheme not in _DRIVERS:
+        raise ValueError(f"no database {shown(scheme)}{suggest(scheme, _DRIVERS)}")
+    if scheme == "sqlite" and (len(rest) < 2 or rest[0] != "/" or rest.startswith("/:memory:")):
+        raise ValueError("SQLite needs a file: sqlite:///var/upq.db")
+    return f"{_DRIVERS[scheme]}://{rest}"
+
+
+def _targets(text: str) -> tuple[str, ...]:
+    """Targets as `notify.parse_target` reads them, and `retry:3` or `retrywait:3|1h` as they are.
+
+    The older spellings `mail a@x b@y` and `syslog daemon.err` become `mail:a@x,b@y` and so on.
+    """
+    found: list[str] = []
+    for word in _list(text):
+        kind, _, rest = word.partition(":")
+        last = found[-1] if found else ""
+        if rest.startswith("//"):
+            raise ValueError(f"{kind}:// notifications are {NOT_YET}")
+        if kind in _TARGETS:
+            found.append(word)
+        elif last.startswith("mail") and ("@" in word or last == "mail"):
+            found[-1] = f"{last}{',' if ':' in last else ':'}{word}".replace(":,", ":")
+        elif last == "syslog":
+            found[-1] = f"syslog:{word}"
+        else:
+            raise ValueError(f"{shown(word)} is no target{suggest(kind, _TARGETS)}")
+    for target in found:
+        _check_target(target)
+    return tuple(found)
+
+
+def _check_target(target: str) -> None:
+    if not target.startswith("retry"):
+        try:
+            parse_target(target)
+        except BadParams as error:
+            raise ValueError(str(error)) from None
+    elif match := re.fullmatch(r"retry:[0-9]{1,4}|retrywait:[0-9]{1,4}\|(.+)", target):
+        when.duration(match[1] or "0")
+    else:
+        raise ValueError(f"{shown(target)} is not retry:3 or retrywait:3|1h")
+
+
+TEXT = Kind("text", _one_line, "")
+YES_NO = Kind("yes or no", _yes_no, False)
+PATH = Kind("path", _one_line, "")
+MODE = Kind("octal mode", _mode, 0)
+DURATION = Kind("duration", when.duration, 0.0, "s")
+TIME_LIMIT = Kind("duration", _above_zero, 0.0, "s")
+SIZE = Kind("size", when.size, 0, "bytes")
+FACTOR = Kind("number", _factor, 1.0)
+LOG_FORMAT = Kind("log format", _log_format, "")
+USER = _account("user", lambda name: pwd.getpwnam(name).pw_uid)
+GROUP = _account("group", lambda name: grp.getgrnam(name).gr_gid)
+DATABASE = Kind("URL", _database, "")
+LOOPBACK: Kind[Address | None] = Kind("host:port", _loopback, None)
+MAIL_SERVER = Kind("host:port", lambda text: _address(text, 25), Address("localhost", 25))
+PRINCIPALS: Kind[tuple[str, ...]] = Kind("users and @groups", _principals, ())
+ALLOWED: Kind[tuple[str, ...] | None] = Kind("users and @groups", _principals, None)
+NODE_NAME = Kind("name", _node_name, os.uname().nodename)
+PRIORITY = Kind("name or whole number", _priority, 0)
+TARGETS: Kind[tuple[str, ...]] = Kind("targets", _targets, ())
+NAMES: Kind[tuple[str, ...]] = Kind("names", _list, ())
+NAME_SET: Kind[frozenset[str]] = Kind("names", lambda text: frozenset(_list(text)), frozenset())
+PARAMS: Kind[ParamSpec | None] = Kind("parameters", ParamSpec.parse, None)
+COMMAND: Kind[tuple[str, ...] | None] = Kind("command line", split_command, None)
+EXIT_CODES: Kind[tuple[int, ...]] = Kind("whole numbers", _exit_codes, ())
+ENVIRONMENT: Kind[dict[str, str]] = Kind("NAME=value ...", _environment, {})
+CONCURRENT = number(
+    1, 10000, "at least 1: every job goes through its queue; `upq-cli --wait` waits for its end"
+)
