@@ -1,0 +1,460 @@
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+import pytest
+
+from upq import UpqJob
+from upq import pool as module
+from upq.job import RUNNING, Job
+from upq.pool import LOOK_AHEAD_JOBS, Pool
+
+numbers = itertools.count(1)
+
+
+def claimed(type: str = "work") -> Job:
+    id = next(numbers)
+    return Job(id, 1, type, type, RUNNING, "", {}, {}, {}, 0, None, 1, 1, 0, 1000 + id, False,
+               None, id, "", None, "", None, 0, 0, None)  # fmt: skip
+
+
+def until(holds: Callable[[], object], seconds: float = 10) -> None:
+    over = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < over, "it never came to that"
+        time.sleep(0.002)
+
+
+class Work:
+    """In the runner's place: each job runs until it is let go, or does what `act` says."""
+
+    def __init__(self) -> None:
+        self.started: list[int] = []
+        self.ended: list[int] = []
+        self.most = self._now = 0
+        self.act: Callable[[Job], None] | None = None
+        self.plugins: dict[int, UpqJob] = {}
+        self.wakes = 0
+        self._lock = threading.Lock()
+        self._gates: dict[int, threading.Event] = {}
+
+    def gate(self, id: int) -> threading.Event:
+        with self._lock:
+            return self._gates.setdefault(id, threading.Event())
+
+    def run(self, job: Job, begun: Callable[[UpqJob], None]) -> None:
+        with self._lock:
+            self._now += 1
+            self.most = max(self.most, self._now)
+            self.started.append(job.id)
+        try:
+            plugin = self.plugins[job.id] = UpqJob(job.type, {}, jobid=job.id)
+            plugin.token = job.token
+            begun(plugin)
+            if self.act is not None:
+                self.act(job)
+            else:
+                self.gate(job.id).wait(20)
+        finally:
+            with self._lock:
+                self._now -= 1
+                self.ended.append(job.id)
+
+    def let_go(self, *jobs: Job) -> None:
+        for job in jobs:
+            self.gate(job.id).set()
+
+    def wake(self) -> None:
+        self.wakes += 1
+
+    def pool(self, concurrent: int) -> Pool:
+        return Pool("work", concurrent, self, self.wake)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def work() -> Iterator[Work]:
+    made = Work()
+    yield made
+    made.let_go(*[claimed()._replace(id=id) for id in made.started])
+
+
+def give(pool: Pool, *jobs: Job) -> None:
+    """As the claimer does: room is booked first, more than there is when need be."""
+    assert pool.give(pool.book(), jobs) == ()
+
+
+# Places
+
+
+def test_no_more_is_booked_than_there_are_places(work: Work) -> None:
+    pool = work.pool(3)
+    assert pool.book() == 3
+    assert pool.book() == 0
+    assert pool.give(3, [claimed()]) == ()
+    assert pool.book() == 2
+    assert pool.give(2, []) == ()
+    assert pool.book() == 2
+
+
+def test_no_more_run_than_there_are_places(work: Work) -> None:
+    pool = work.pool(3)
+    jobs = [claimed() for _ in range(9)]
+    give(pool, *jobs)
+    until(lambda: len(work.started) == 3)
+    assert pool.book() == 0
+    for n, job in enumerate(jobs, 1):
+        work.let_go(job)
+        until(lambda n=n: len(work.ended) == n)  # type: ignore[misc]
+    assert (work.most, work.started) == (3, [job.id for job in jobs])
+
+
+def test_threads_are_started_only_when_they_are_needed(work: Work) -> None:
+    pool = work.pool(8)
+    assert pool.sizes()["threads"] == 0
+    for n in range(5):
+        job = claimed()
+        give(pool, job)
+        work.let_go(job)
+        until(lambda n=n: len(work.ended) == n + 1 and pool.sizes()["running"] == 0)  # type: ignore[misc]
+    assert pool.sizes() == {"running": 0, "threads": 1, "places": 8}
+
+
+def test_idle_threads_retire_but_one(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "IDLE_S", 0.05)
+    pool = work.pool(4)
+    jobs = [claimed() for _ in range(4)]
+    give(pool, *jobs)
+    until(lambda: pool.sizes()["threads"] == 4)
+    work.let_go(*jobs)
+    until(lambda: pool.sizes()["threads"] == 1)
+    time.sleep(0.15)
+    assert pool.sizes()["threads"] == 1
+    more = [claimed() for _ in range(4)]
+    give(pool, *more)
+    until(lambda: len(work.started) == 8)
+    work.let_go(*more)
+
+
+def test_no_job_is_left_lying_when_threads_retire(
+    work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "IDLE_S", 0.001)
+    work.act = lambda job: None
+    pool = work.pool(4)
+    for n in range(1, 301):
+        give(pool, claimed(), claimed())
+        until(lambda n=n: len(work.ended) == 2 * n)  # type: ignore[misc]
+        time.sleep(0.0005 * (n % 5))
+
+
+def test_a_runner_that_fails_costs_no_place(work: Work) -> None:
+    def fail(job: Job) -> None:
+        raise ValueError("a fault of ours")
+
+    pool = work.pool(1)
+    work.act = fail
+    give(pool, claimed(), claimed(), claimed())
+    until(lambda: len(work.ended) == 3)
+    until(lambda: pool.sizes()["running"] == 0)
+    assert pool.running() == []
+
+
+def test_the_claimer_is_woken_when_a_place_is_free(work: Work) -> None:
+    work.act = lambda job: None
+    pool = work.pool(1)
+    give(pool, claimed())
+    until(lambda: pool.sizes()["running"] == 0 and work.wakes)
+
+
+def test_more_places_are_used_at_once(work: Work) -> None:
+    pool = work.pool(1)
+    jobs = [claimed() for _ in range(3)]
+    give(pool, *jobs)
+    until(lambda: len(work.started) == 1)
+    pool.resize(3)
+    assert work.wakes
+    give(pool)
+    until(lambda: len(work.started) == 3)
+    work.let_go(*jobs)
+
+
+def test_fewer_places_hold_from_the_next_job_on(work: Work) -> None:
+    pool = work.pool(3)
+    jobs = [claimed() for _ in range(6)]
+    give(pool, *jobs)
+    until(lambda: len(work.started) == 3)
+    pool.resize(1)
+    assert pool.book() == 0
+    work.let_go(*jobs[:2])
+    until(lambda: len(work.ended) == 2)
+    time.sleep(0.05)
+    assert len(work.started) == 3
+    work.let_go(jobs[2])
+    until(lambda: len(work.started) == 4)
+    work.let_go(*jobs)
+    until(lambda: len(work.ended) == 6)
+
+
+# Ahead
+
+
+def test_long_jobs_are_never_claimed_ahead(work: Work) -> None:
+    work.act = lambda job: time.sleep(0.05)
+    pool = work.pool(2)
+    for n in range(1, 4):
+        give(pool, claimed(), claimed())
+        until(lambda n=n: len(work.ended) == 2 * n and pool.sizes()["running"] == 0)  # type: ignore[misc]
+        room = pool.book()
+        assert room == 2
+        pool.give(room, [])
+
+
+def test_short_jobs_are_claimed_ahead_within_bounds(work: Work) -> None:
+    work.act = lambda job: None
+    pool = work.pool(2)
+    for n in range(1, 401):
+        give(pool, claimed())
+        until(lambda n=n: len(work.ended) == n)  # type: ignore[misc]
+    until(lambda: pool.sizes()["running"] == 0)
+    assert 2 < pool.book() <= 2 + LOOK_AHEAD_JOBS
+
+
+def test_one_long_job_ends_the_claims_ahead(work: Work) -> None:
+    work.act = lambda job: None
+    pool = work.pool(1)
+    for n in range(1, 201):
+        give(pool, claimed())
+        until(lambda n=n: len(work.ended) == n)  # type: ignore[misc]
+    work.act = lambda job: time.sleep(0.1)
+    give(pool, claimed())
+    until(lambda: len(work.ended) == 201 and pool.sizes()["running"] == 0)
+    assert pool.book() == 1
+
+
+def test_what_does_not_start_in_time_is_taken_back(work: Work) -> None:
+    pool = work.pool(1)
+    running, *ahead = [claimed() for _ in range(3)]
+    give(pool, running, *ahead)
+    until(lambda: work.started == [running.id])
+    assert pool.take_back(30) == []
+    assert pool.has_claimed()
+    assert pool.take_back() == ahead
+    assert not pool.has_claimed()
+    assert pool.take_back() == []
+    work.let_go(running)
+    until(lambda: work.ended == [running.id])
+    time.sleep(0.02)
+    assert work.started == [running.id]
+
+
+# Waiting parents
+
+
+def test_a_waiting_parent_gives_its_place_to_another(work: Work) -> None:
+    pool = work.pool(1)
+    parent, child = claimed(), claimed()
+    goes_on = threading.Event()
+
+    def wait_for_child(job: Job) -> None:
+        if job is parent:
+            pool.park()
+            work.gate(child.id).wait(10)
+            pool.unpark()
+            goes_on.set()
+
+    work.act = wait_for_child
+    give(pool, parent)
+    until(lambda: work.started == [parent.id] and pool.sizes()["running"] == 0)
+    assert work.wakes
+    give(pool, child)
+    until(lambda: child.id in work.ended)
+    assert len(pool.running()) == 1
+    work.let_go(child)
+    assert goes_on.wait(10)
+    until(lambda: pool.sizes()["running"] == 0 and pool.running() == [])
+
+
+def test_a_parent_that_goes_on_takes_the_next_place_before_new_claims(work: Work) -> None:
+    pool = work.pool(1)
+    parent, child, *others = [claimed() for _ in range(5)]
+    order: list[str] = []
+
+    def act(job: Job) -> None:
+        if job is parent:
+            pool.park()
+            work.gate(parent.id).wait(10)
+            pool.unpark()
+            order.append("parent")
+        else:
+            order.append("child" if job is child else "other")
+            work.gate(job.id).wait(10)
+
+    work.act = act
+    give(pool, parent)
+    until(lambda: work.started == [parent.id] and pool.sizes()["running"] == 0)
+    give(pool, child, *others)
+    until(lambda: order == ["child"])
+    work.let_go(parent)  # it wants to go on, and the place is taken
+    until(lambda: pool._resuming == 1)
+    assert pool.book() == 0
+    work.let_go(child, *others)
+    until(lambda: len(work.ended) == 5)
+    assert order == ["child", "parent", "other", "other", "other"]
+    assert pool.sizes()["running"] == 0
+
+
+def test_parents_and_children_of_one_type_finish_to_any_depth(work: Work) -> None:
+    depth = 50
+    pool = work.pool(1)
+    jobs = [claimed() for _ in range(depth)]
+    order: list[int] = []
+
+    def act(job: Job) -> None:
+        at = jobs.index(job)
+        if at + 1 < depth:
+            give(pool, jobs[at + 1])
+            pool.park()
+            work.gate(jobs[at + 1].id).wait(20)
+            pool.unpark()
+        order.append(at)
+        work.let_go(job)
+
+    work.act = act
+    give(pool, jobs[0])
+    until(lambda: len(work.ended) == depth, 30)
+    assert order == list(range(depth))[::-1]
+    assert pool.sizes()["running"] == 0
+
+
+def test_many_parents_at_once_lose_no_place(work: Work) -> None:
+    pool = work.pool(2)
+
+    def act(job: Job) -> None:
+        pool.park()
+        time.sleep(0.001 * (job.id % 4))
+        pool.unpark()
+
+    work.act = act
+    jobs = [claimed() for _ in range(60)]
+    give(pool, *jobs)
+    until(lambda: len(work.ended) == 60, 30)
+    until(lambda: pool.sizes()["running"] == 0)
+    assert pool.book() >= 2
+
+
+def test_a_parent_goes_on_when_the_pool_is_closed(work: Work) -> None:
+    pool = work.pool(1)
+    parent, other = claimed(), claimed()
+
+    def act(job: Job) -> None:
+        if job is parent:
+            pool.park()
+            work.gate(parent.id).wait(10)
+            pool.unpark()
+        else:
+            work.gate(job.id).wait(10)
+
+    work.act = act
+    give(pool, parent)
+    until(lambda: work.started == [parent.id] and pool.sizes()["running"] == 0)
+    give(pool, other)
+    until(lambda: len(work.started) == 2)
+    work.let_go(parent)
+    until(lambda: pool._resuming == 1)
+    pool.close()
+    until(lambda: work.ended == [parent.id])
+    work.let_go(other)
+
+
+# Cancel, close
+
+
+def test_a_running_job_is_asked_to_end(work: Work) -> None:
+    pool = work.pool(1)
+    job = claimed()
+    give(pool, job)
+    until(lambda: pool.running() and pool.running()[0][1])
+    pool.cancel(job.token)
+    assert work.plugins[job.id].cancelled
+    work.let_go(job)
+
+
+def test_a_job_that_is_about_to_start_is_asked_to_end(work: Work) -> None:
+    pool = work.pool(1)
+    running, ahead = claimed(), claimed()
+    give(pool, running, ahead)
+    until(lambda: work.started == [running.id])
+    pool.cancel(ahead.token)
+    assert not work.plugins[running.id].cancelled
+    work.let_go(running)
+    until(lambda: ahead.id in work.plugins)
+    until(lambda: work.plugins[ahead.id].cancelled)
+    work.let_go(ahead)
+
+
+def test_a_cancel_comes_before_its_job_is_handed_over(work: Work) -> None:
+    pool = work.pool(1)
+    job = claimed()
+    room = pool.book()
+    pool.cancel(job.token)  # the claim is committed, and not told yet
+    pool.give(room, [job])
+    until(lambda: job.id in work.plugins)
+    until(lambda: work.plugins[job.id].cancelled)
+    work.let_go(job)
+
+
+def test_cancels_of_what_is_not_here_leave_nothing_behind(work: Work) -> None:
+    pool = work.pool(1)
+    for token in range(100):
+        pool.cancel(token)
+    assert not pool._asked_to_end
+
+
+def test_a_closed_pool_takes_nothing(work: Work) -> None:
+    pool = work.pool(2)
+    running, late = claimed(), claimed()
+    give(pool, running)
+    until(lambda: work.started == [running.id])
+    room = pool.book()
+    pool.close()
+    assert pool.book() == 0
+    assert list(pool.give(room, [late])) == [late]
+    assert not pool.has_claimed()
+    work.let_go(running)
+    until(lambda: pool.sizes()["threads"] == 0)
+    assert work.started == [running.id]
+
+
+def test_a_machine_without_threads_left_gets_its_jobs_back(
+    work: Work, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_more(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    pool = work.pool(2)
+    jobs = [claimed(), claimed()]
+    with monkeypatch.context() as poor:
+        poor.setattr(threading.Thread, "start", no_more)
+        with suppress(RuntimeError):
+            give(pool, *jobs)
+    assert "TasksMax" in caplog.text
+    assert pool.take_back() == jobs
+    give(pool, *jobs)
+    until(lambda: len(work.started) == 2)
+    work.let_go(*jobs)
+
+
+def test_what_runs_is_known_by_its_claim(work: Work) -> None:
+    pool = work.pool(1)
+    job = claimed()
+    give(pool, job)
+    until(lambda: work.started == [job.id])
+    assert pool.job(job.token) == job
+    assert pool.job(job.token + 1) is None
+    assert [one for one, _ in pool.running()] == [job]
+    work.let_go(job)
+    until(lambda: pool.job(job.token) is None)

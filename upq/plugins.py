@@ -1,0 +1,413 @@
+"""What a job is made of: the class `UpqJob`, and finding `jobs/name.py` with its class `Name`.
+
+Which types exist is said by the configuration; running them is the runner's.
+"""
+
+from __future__ import annotations
+
+import grp
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import io
+import logging
+import math
+import os
+import pwd
+import stat
+import sys
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+
+from upq.errors import Broken, UpqError
+from upq.job import NewJob, Output
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+#: Characters that the messages of one attempt may add up to.
+MESSAGE_LIMIT = 1 << 20
+#: Bytes of captured output kept of one attempt: half of it head, half of it tail.
+OUTPUT_LIMIT_BYTES = 1 << 20
+#: Characters of a write that are made bytes at a time.
+WRITE_CHARS = 1 << 16
+#: Seconds between two progress reports that are stored.
+PROGRESS_S = 0.5
+#: The private package that job modules live in: a job called `json` is not the library.
+PACKAGE = "upq_jobs"
+
+log = logging.getLogger(__name__)
+
+
+class Finished(Protocol):
+    """What a job sees of another's end."""
+
+    def is_set(self) -> bool: ...
+    def wait(self, timeout: float | None = None) -> bool: ...
+
+
+class Child(Protocol):
+    """A job that another one has queued, as `enqueue_newjob` returns it."""
+
+    @property
+    def jobid(self) -> int: ...
+    @property
+    def jobname(self) -> str: ...
+    @property
+    def finished(self) -> Finished: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def result(self) -> Any: ...
+    @property
+    def msgstr(self) -> str: ...
+
+
+class Desk(Protocol):
+    """What a running job may ask of the daemon; handed down to it, so that calls only go down."""
+
+    @property
+    def db(self) -> Engine: ...
+    def enqueue(self, parent: UpqJob, jobname: str, params: dict[str, Any]) -> Child: ...
+    def progress(self, job: UpqJob, progress: dict[str, Any]) -> None: ...
+    def list_queues(self) -> list[dict[str, Any]]: ...
+    def list_jobs(self, queue: str, limit: int) -> list[dict[str, Any]]: ...
+
+
+class Clipped(io.TextIOBase):
+    """A text file that keeps the first and the last half of its limit and counts the rest.
+
+    Any thread may write; memory stays below twice the limit whatever is written.
+    """
+
+    def __init__(self, limit_bytes: int = OUTPUT_LIMIT_BYTES) -> None:
+        self._half = max(limit_bytes // 2, 1)
+        self._head = bytearray()
+        self._tail = bytearray()
+        self._size = 0
+        self._lock = threading.Lock()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str, /) -> int:
+        for start in range(0, len(text), WRITE_CHARS):
+            self.write_bytes(text[start : start + WRITE_CHARS].encode("utf-8", "replace"))
+        return len(text)
+
+    def write_bytes(self, data: bytes) -> None:
+        rest = memoryview(data)  # so that no part of it is copied on the way
+        with self._lock:
+            self._size += len(data)
+            room = self._half - len(self._head)
+            if room > 0:
+                self._head += rest[:room]
+                rest = rest[room:]
+            self._tail += rest[-2 * self._half :]
+            if len(self._tail) > 2 * self._half:
+                del self._tail[: -self._half]
+
+    def kept(self) -> Output | None:
+        """What was written, or None when nothing was."""
+        with self._lock:
+            if not self._size:
+                return None
+            head, tail = self._head, self._tail[-self._half :]
+            left_out = self._size - len(head) - len(tail)
+            if not left_out:
+                return Output((head + tail).decode("utf-8", "replace"), self._size, False)
+            gap = f"\n[... {left_out} bytes left out ...]\n".encode()
+            return Output((head + gap + tail).decode("utf-8", "replace"), self._size, True)
+
+
+class UpqJob:
+    """Base of every job: override `run()`, and `check()` where a job may be refused.
+
+    An instance lives for one `check()`, or for one `check()` and `run()` in the same thread.
+    """
+
+    #: False for a type that is answered from its `check()` and never queued.
+    queued = True
+
+    def __init__(
+        self,
+        jobname: str,
+        jobdata: dict[str, Any],
+        jobcfg: Mapping[str, str] | None = None,
+        *,
+        jobid: int = -1,
+        desk: Desk | None = None,
+        chain: Sequence[str] = (),
+        attempt: int = 1,
+        output_limit_bytes: int = OUTPUT_LIMIT_BYTES,
+    ) -> None:
+        self.jobname = jobname
+        #: The parameters; what `run()` changes here reaches the next attempt and the subjobs.
+        self.jobdata = jobdata
+        #: Every variable of the type's section in the ini file, as text, and the names of its
+        #: own that [paths] has.
+        self.jobcfg: Mapping[str, str] = jobcfg or {}
+        #: -1 until the job is queued.
+        self.jobid = jobid
+        #: What `msg()` has collected; it goes into the reply, the log and the notification.
+        self.msgstr = ""
+        #: Stored with the job (JSON, at most 1 MiB); wins over what `run()` returns.
+        self.result: Any = None
+        #: Attempts before this one.
+        self.retries = attempt - 1
+        self.finished = threading.Event()
+        #: Set when somebody asked for this job to end; long jobs look at it now and then.
+        self.cancel_event = threading.Event()
+        #: Set by a daemon that stops: the attempt will be made again and does not count.
+        self.interrupted = False
+        #: The claim, while it runs; a command's processes carry it.
+        self.token = 0
+        #: How many jobs of each kind this attempt has queued: what names them after a crash.
+        self.asked: Counter[str] = Counter()
+        self._chain = list(chain)
+        self._desk = desk
+        self._output_limit_bytes = output_limit_bytes
+        self._output: Clipped | None = None
+        self._notify_asked: list[bool] = []
+        self._thread_ident = threading.get_ident()
+        self._progress_at_s = 0.0
+        self.last_progress: dict[str, Any] | None = None
+
+    # What a job class overrides.
+
+    def check(self) -> Any:
+        """Say whether the job can be accepted: False, with `msg()`, refuses; all else accepts.
+
+        Runs before the ACK, and again just before `run()` on the object that runs. Quick, and
+        changes nothing.
+        """
+        return True
+
+    def run(self) -> Any:
+        """Do the work. False or an exception is failure; anything else, None too, is success.
+
+        What is returned (other than True and None) becomes the result unless `self.result` is set.
+        """
+        return True
+
+    # What a job class calls.
+
+    @property
+    def logger(self) -> logging.Logger:
+        return logging.getLogger(f"upq.jobs.{self.jobname}")
+
+    @property
+    def thread(self) -> str:
+        return threading.current_thread().name
+
+    @property
+    def args(self) -> list[str]:
+        """The words given without a colon: `50` in `verify_local_file 50`."""
+        return [key for key, value in self.jobdata.items() if value == ""]
+
+    @property
+    def in_own_thread(self) -> bool:
+        """Whether the caller is the thread that runs the job."""
+        return self._thread_ident == threading.get_ident()
+
+    @property
+    def cancelled(self) -> bool:
+        """True once somebody asked for this job to end."""
+        return self.cancel_event.is_set()
+
+    @property
+    def output(self) -> io.TextIOBase:
+        """A text file kept with the job, head and tail up to the type's limit."""
+        return self.capture()
+
+    def capture(self) -> Clipped:
+        if self._output is None:
+            self._output = Clipped(self._output_limit_bytes)
+        return self._output
+
+    def captured(self) -> Output | None:
+        return self._output.kept() if self._output is not None else None
+
+    @property
+    def db(self) -> Engine:
+        """An SQLAlchemy engine for the job's own tables; never the file the queue is in."""
+        return self._need_desk().db
+
+    def cancel(self) -> None:
+        """Ask the job to end, from any thread; a thread job sees it as `self.cancelled`."""
+        self.cancel_event.set()
+
+    def msg(self, text: object) -> None:
+        """Add to the job's message; never raises, and what is over the limit is left out."""
+        room = MESSAGE_LIMIT - len(self.msgstr)
+        self.msgstr += str(text)[: max(room, 0)]
+
+    def getcfg(self, name: str, default: Any = None) -> Any:
+        """A variable of the type's section, or the default."""
+        return self.jobcfg.get(name, default)
+
+    def progress(self, done: float, total: float | None = None, text: str = "") -> None:
+        """Show how far the job is. Cheap to call often: two a second are stored, and the last."""
+        for number in (done, total):
+            if number is not None and not (
+                isinstance(number, int | float) and math.isfinite(number)
+            ):
+                self.logger.warning("progress(%r, %r): no numbers, left out", done, total)
+                return
+        self.last_progress = {"done": done, "total": total, "text": str(text)}
+        now = time.monotonic()
+        if now - self._progress_at_s >= PROGRESS_S:
+            self._progress_at_s = now
+            self._need_desk().progress(self, self.last_progress)
+
+    def append_job(self, jobname: str, params: Mapping[str, Any] | None = None) -> None:
+        """Put a step in front of those that follow this job; params join the shared jobdata."""
+        self._chain.insert(0, jobname)
+        self.jobdata.update(params or {})
+
+    def enqueue_newjob(self, jobname: str, params: Mapping[str, Any] | None = None) -> Child:
+        """Queue another job and return it; `finished.wait()` on it gives this job's place back.
+
+        Only the job's own thread may call it. After a crash the same calls return the same jobs.
+        """
+        if not self.in_own_thread:
+            raise UpqError("enqueue_newjob: only the job's own thread may queue jobs")
+        return self._need_desk().enqueue(self, jobname, dict(params or {}))
+
+    def submit(self, jobname: str, **params: Any) -> Child:
+        """`enqueue_newjob` with the params as keywords."""
+        return self.enqueue_newjob(jobname, params)
+
+    def enqueue_job(self) -> None:
+        """Kept for jobs of the first upq: a check() that does not refuse queues by itself."""
+
+    def notify(self, succeed: bool) -> None:
+        """Also send the type's notifications for success or failure when this attempt ends."""
+        self._notify_asked.append(bool(succeed))
+
+    def _need_desk(self) -> Desk:
+        if self._desk is None:
+            raise UpqError(f"{self.jobname}: this object does not run in a daemon")
+        return self._desk
+
+    def __str__(self) -> str:
+        return f"Job: {self.jobname} id:{self.jobid} thread: {self.thread}"
+
+
+class SourceLoader(importlib.machinery.SourceFileLoader):
+    """Reads and writes no `__pycache__`, which others might be able to write."""
+
+    def path_stats(self, path: str) -> NoReturn:
+        raise OSError("never cached")
+
+
+class JobFinder(importlib.abc.MetaPathFinder):
+    """Imports `upq_jobs.<name>` from one folder, and only files that others cannot change.
+
+    Never looks at sys.path. One at a time is installed, by `Loader`.
+    """
+
+    def __init__(self, jobs_dir: Path) -> None:
+        self.jobs_dir = jobs_dir
+
+    def find_spec(
+        self, fullname: str, path: object = None, target: object = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        package, _, name = fullname.partition(".")
+        if package != PACKAGE or not name:
+            return None
+        file = self.jobs_dir / f"{name}.py"
+        if not file.exists():
+            return None
+        refuse_unsafe(file, self.jobs_dir)
+        loader = SourceLoader(fullname, str(file))
+        return importlib.util.spec_from_file_location(fullname, file, loader=loader)
+
+
+def refuse_unsafe(file: Path, jobs_dir: Path) -> None:
+    """Raise Broken when anyone but root and this user could have written the file."""
+    real = file.resolve()
+    if not real.is_relative_to(jobs_dir.resolve()):
+        raise Broken(f"{file}: leads out of {jobs_dir}")
+    for part in (real, *real.parents):
+        info = part.stat()
+        sticky = stat.S_ISDIR(info.st_mode) and info.st_mode & stat.S_ISVTX
+        shared = info.st_mode & stat.S_IWGRP and not is_private_group(info.st_uid, info.st_gid)
+        if (shared or info.st_mode & stat.S_IWOTH) and not sticky:
+            raise Broken(f"{part}: others can write it (chmod go-w)")
+        if info.st_uid not in (0, os.getuid()):
+            raise Broken(f"{part}: owned by uid {info.st_uid}, not by root or uid {os.getuid()}")
+
+
+def is_private_group(uid: int, gid: int) -> bool:
+    """Whether the group is the user's own, as Debian makes one for each user."""
+    try:
+        group = grp.getgrgid(gid)
+        return group.gr_name == pwd.getpwuid(uid).pw_name and not group.gr_mem
+    except KeyError:
+        return False
+
+
+class Loader:
+    """Loads job classes from one folder, each guarded: a broken module disables its own type."""
+
+    def __init__(self, jobs_dir: Path) -> None:
+        self.jobs_dir = jobs_dir
+        self._install()
+
+    def has(self, name: str) -> bool:
+        return (self.jobs_dir / f"{name}.py").exists()
+
+    def load(self, name: str) -> type[UpqJob]:
+        """The class `Name` of `name.py`. Raises Broken, which names file and line."""
+        module_name = f"{PACKAGE}.{name}"
+        file = self.jobs_dir / f"{name}.py"
+        if not file.exists():
+            raise Broken(f"{file}: no such file")
+        try:
+            module = importlib.import_module(module_name)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # even sys.exit() at import breaks only its own type
+            raise Broken(blame(error, file)) from error
+        found = getattr(module, name[:1].upper() + name[1:], None)
+        if not (isinstance(found, type) and issubclass(found, UpqJob)):
+            raise Broken(f"{file}: no class {name[:1].upper() + name[1:]}(UpqJob)")
+        return found
+
+    def _install(self) -> None:
+        """Forget the modules of an earlier loader: a reload finds the files as they are now."""
+        for name in [n for n in sys.modules if n.partition(".")[0] == PACKAGE]:
+            del sys.modules[name]
+        sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, JobFinder)]
+        package = ModuleType(PACKAGE)
+        package.__path__ = [str(self.jobs_dir)]
+        sys.modules[PACKAGE] = package
+        sys.meta_path.insert(0, JobFinder(self.jobs_dir))
+
+
+def blame(error: BaseException, file: Path) -> str:
+    """`file:line: what`, with the line in the job's own file where there is one."""
+    if isinstance(error, Broken):
+        return str(error)
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}: {type(error).__name__}: {error.msg}"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame for frame in frames if Path(frame.filename).parent == file.parent]
+    where = f"{lines[-1].filename}:{lines[-1].lineno}" if lines else str(file)
+    return f"{where}: {type(error).__name__}: {error}"
+
+
+def follow_up(job: UpqJob) -> tuple[list[str], list[bool]]:
+    """The steps still to come after this job, and the notifications it asked for itself."""
+    return job._chain, job._notify_asked
+
+
+__all__ = ["Child", "Clipped", "Desk", "Loader", "NewJob", "UpqJob", "blame", "follow_up"]

@@ -1,0 +1,237 @@
+"""The threads of one job type: they run what they are given, wait for children, come and go.
+
+A pool never holds more than its free places, but for the few very short jobs that its threads
+will have ended within LOOK_AHEAD_S: those are what makes batches.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from upq.job import Job
+from upq.plugins import UpqJob
+from upq.runner import Runner
+
+log = logging.getLogger(__name__)
+
+#: Seconds of work that may be claimed beyond the free places, and jobs at the most.
+LOOK_AHEAD_S, LOOK_AHEAD_JOBS = 0.02, 256
+#: Seconds an idle thread stays when it is not the only one.
+IDLE_S = 10.0
+
+
+class Pool:
+    """Up to `concurrent` threads that run jobs of one type, started when needed.
+
+    A job that waits for another gives its place back meanwhile; its thread stays.
+    """
+
+    def __init__(
+        self, name: str, concurrent: int, runner: Runner, wake: Callable[[], None]
+    ) -> None:
+        self.name = name
+        self.concurrent = concurrent
+        self._runner = runner
+        self._wake_claimer = wake
+        self._changed = threading.Condition()
+        self._claimed: deque[tuple[Job, float]] = deque()
+        self._running = 0
+        self._resuming = 0
+        # Threads whose jobs wait for others; they hold no place.
+        self._parked = 0
+        self._booked = 0
+        self._threads = 0
+        self._idle = 0
+        self._made = 0
+        self._closed = False
+        #: Seconds that the latest runs took, smoothed; starts long, so that nothing is ahead.
+        self._usual_s = 1.0
+        # The latest jobs have met the death of a daemon: beside them nothing is claimed ahead, or
+        # it could be failed as crashed after three deaths and never have begun.
+        self._suspects = False
+        # What runs, waiting parents too, by token: the rows, and the objects once they are made.
+        self._jobs: dict[int, Job] = {}
+        self._active: dict[int, UpqJob] = {}
+        self._asked_to_end: set[int] = set()
+
+    # For the claimer
+
+    def book(self) -> int:
+        """Set aside the room there is; how many jobs may be claimed for it. `give` ends it."""
+        with self._changed:
+            if self._closed:
+                return 0
+            free = self.concurrent - self._running - self._resuming
+            ahead = min(LOOK_AHEAD_JOBS, int(self.concurrent * LOOK_AHEAD_S / self._usual_s))
+            if self._suspects:
+                ahead = 0
+            room = max(free + ahead - len(self._claimed) - self._booked, 0)
+            self._booked += room
+            return room
+
+    def give(self, booked: int, jobs: Sequence[Job]) -> Sequence[Job]:
+        """Hand over what was claimed for booked room; starts threads as they are needed.
+
+        Returns what a closed pool does not take.
+        """
+        now = time.monotonic()
+        with self._changed:
+            self._booked -= booked
+            if self._closed:
+                return jobs
+            if jobs:
+                self._suspects = any(job.crashes for job in jobs)
+            self._claimed.extend((job, now) for job in jobs)
+            wanted = min(len(self._claimed), self.concurrent - self._running)
+            self._changed.notify(min(wanted, self._idle))
+            for _ in range(wanted - self._idle):
+                self._start_thread()
+        return ()
+
+    def take_back(self, stale_s: float = 0.0) -> list[Job]:
+        """Claimed jobs that have not started for so long, removed from the pool."""
+        limit = time.monotonic() - stale_s
+        with self._changed:
+            if not self._claimed or self._claimed[0][1] > limit:
+                return []
+            taken = [job for job, _ in self._claimed]
+            self._claimed.clear()
+            # The jobs are longer than they were: claim nothing ahead until it is known better.
+            self._usual_s = 1.0
+            return taken
+
+    def has_claimed(self) -> bool:
+        return bool(self._claimed)
+
+    def running(self) -> list[tuple[Job, UpqJob | None]]:
+        """What runs, waiting parents too."""
+        with self._changed:
+            return [(job, self._active.get(token)) for token, job in self._jobs.items()]
+
+    def job(self, token: int) -> Job | None:
+        """The row of a running job, as it was claimed; None when it does not run here."""
+        with self._changed:
+            return self._jobs.get(token)
+
+    def cancel(self, token: int) -> None:
+        """Ask a claimed job of this pool to end, also when it is only about to start."""
+        with self._changed:
+            plugin = self._active.get(token)
+            if plugin is None and (token in self._jobs or self._claimed or self._booked):
+                self._asked_to_end.add(token)
+        if plugin is not None:
+            plugin.cancel()
+
+    def sizes(self) -> dict[str, int]:
+        with self._changed:
+            return {"running": self._running, "threads": self._threads, "places": self.concurrent}
+
+    def resize(self, concurrent: int) -> None:
+        with self._changed:
+            self.concurrent = concurrent
+            self._changed.notify_all()
+        self._wake_claimer()
+
+    def close(self) -> None:
+        """Start nothing more; threads end with what they run."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    # For waiting parents
+
+    def park(self) -> None:
+        """Give back the calling job's place."""
+        with self._changed:
+            self._running -= 1
+            self._parked += 1
+            self._next()
+        self._wake_claimer()
+
+    def unpark(self) -> None:
+        """Take a place again, before jobs that are claimed later."""
+        with self._changed:
+            self._resuming += 1
+            while self._running >= self.concurrent and not self._closed:
+                self._changed.wait()
+            self._resuming -= 1
+            self._parked -= 1
+            self._running += 1
+            # Threads that held back while somebody resumed may go on, if there is a place left.
+            self._changed.notify_all()
+
+    # The threads
+
+    def _start_thread(self) -> None:
+        if self._threads - self._parked >= self.concurrent:
+            # There are enough: some are between two jobs.
+            return
+        self._made += 1
+        name = f"T-{self.name}-{self._made}"
+        try:
+            threading.Thread(target=self._work, name=name, daemon=True).start()
+        except RuntimeError as error:
+            log.error("%s: %s (raise TasksMax)", name, error)
+            return
+        self._threads += 1
+
+    def _next(self) -> None:
+        """A place is free: let one that waits for it go on, or start a thread for what waits."""
+        if self._resuming:
+            self._changed.notify_all()
+        elif self._claimed:
+            if self._idle:
+                self._changed.notify()
+            else:
+                self._start_thread()
+
+    def _work(self) -> None:
+        while (job := self._take()) is not None:
+            started = time.monotonic()
+            try:
+                self._runner.run(job, self._begun)
+            except Exception:
+                log.exception("(%s:%d) the runner failed", job.type, job.id)
+            took_s = time.monotonic() - started
+            with self._changed:
+                self._usual_s += (took_s - self._usual_s) / (8 if took_s < self._usual_s else 1)
+                self._running -= 1
+                self._jobs.pop(job.token, None)
+                self._active.pop(job.token, None)
+                self._asked_to_end.discard(job.token)
+                if self._resuming:
+                    self._changed.notify_all()
+
+    def _begun(self, plugin: UpqJob) -> None:
+        with self._changed:
+            self._active[plugin.token] = plugin
+            asked = plugin.token in self._asked_to_end
+        if asked:
+            plugin.cancel()
+
+    def _take(self) -> Job | None:
+        """The next job to run; None when the thread has nothing more to do."""
+        with self._changed:
+            while True:
+                has_place = self._running < self.concurrent and not self._resuming
+                if self._closed:
+                    break
+                if self._claimed and has_place:
+                    job, _ = self._claimed.popleft()
+                    self._running += 1
+                    self._jobs[job.token] = job
+                    if self._claimed and self._running < self.concurrent and not self._idle:
+                        self._start_thread()
+                    return job
+                self._wake_claimer()
+                self._idle += 1
+                stays = self._changed.wait(IDLE_S if self._threads > 1 else None)
+                self._idle -= 1
+                if not stays and not self._claimed and self._threads > 1:
+                    break
+            self._threads -= 1
+            return None
