@@ -1,0 +1,391 @@
+"""The command line: a line to the daemon, its reply as text, table or JSON."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from upq import wire
+from upq.client import Client, find_socket
+from upq.errors import RequestError
+from upq.wire import Reply
+
+#: Exit status.
+ACCEPTED, REFUSED, UNUSABLE = 0, 1, 2
+#: Seconds for a reply; the daemon itself gives up on its database after ten.
+REPLY_TIMEOUT_S = 30.0
+
+_USAGE = 'upq-cli [option ...] "<jobname>( param:value)*" | <verb> [argument ...] | -'
+_EXAMPLES = """\
+Sends one line to upq and prints the reply.
+
+  upq-cli "verify_local_file fid:50"    submit a job, with or without the quotes
+  upq-cli test "msg:two words"          of several arguments each is one word
+  upq-cli --wait hash fid:50            follow the job to its end
+  upq-cli jobs state:failed             ask; `upq-cli help` lists the verbs
+  upq-cli - < lines                     many lines, one reply each
+"""
+_NOTES = """\
+The daemon is found by the first of these that there is: -s, -c, $UPQ_CONFIG (a
+file), $UPQ_SOCKET, ./upq.cfg, ~/.config/upq/upq.cfg, /etc/upq/upq.cfg.
+
+exit status:
+  0  accepted; with --wait and `wait`: done
+  1  refused, failed, or not done in time; of many lines, any of them
+  2  wrong usage or no connection
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = _parser()
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # argparse takes what follows a leading -- for options when they may be mixed with words.
+    end = given.index("--") if "--" in given else len(given)
+    args = parser.parse_intermixed_args(given[:end])
+    words = args.words + given[end + 1 :]
+    line = words[0] if len(words) == 1 else wire.join(words or [""])
+    if not line.strip() or "\n" in line:
+        parser.error("one line is needed; - reads many")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        status = _Call(args).run(line)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has left, as `head` does; Python must not try to write the rest at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return REFUSED
+    except KeyboardInterrupt:
+        return 130
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="upq-cli",
+        usage=_USAGE,
+        description=_EXAMPLES,
+        epilog=_NOTES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("words", nargs="*", help=argparse.SUPPRESS)
+    add("-c", "--config", metavar="FILE", help="the configuration that names the socket")
+    add("-s", "--socket", metavar="ADDRESS", help="path of the socket, or host:port")
+    add("--wait", action="store_true", help="follow the job to its end and return its outcome")
+    add("--timeout", metavar="TIME", type=_duration, help="with --wait: no longer than 30s, 10m")
+    add("--json", action="store_true", help="print one JSON document; for many lines, one each")
+    add("-q", "--quiet", action="store_true", help="print ids only")
+    add("-v", "--verbose", action="store_true", help="tell what is sent where")
+    add("--color", choices=("auto", "always", "never"), default="auto", help="auto: on a terminal")
+    return parser
+
+
+def _duration(text: str) -> float:
+    from upq import when  # noqa: PLC0415, few calls need it
+
+    return when.duration(text)
+
+
+class _Call:
+    """One call of the program: what is asked, and in which form the answer is printed."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.screen = _Screen(args.color)
+
+    def run(self, line: str) -> int:
+        try:
+            address = self.args.socket or find_socket(self.args.config)
+        except (OSError, ValueError) as error:
+            return self._fail("no_connection", f"{error}", UNUSABLE)
+        try:
+            with Client(address, REPLY_TIMEOUT_S) as client:
+                self._tell(f"Connected to '{address}'.")
+                return self._many(client) if line == "-" else self._one(client, line)
+        except RequestError as error:
+            return self._fail(error.code, f"{error}", REFUSED)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            return self._fail("no_connection", f"{address}: {error.strerror or error}", UNUSABLE)
+
+    def _one(self, client: Client, line: str) -> int:
+        verb = line.split(maxsplit=1)[0]
+        if verb == "wait" or line.startswith("{"):
+            client.timeout_s = None
+        self._tell(f"Sent: '{line}'")
+        reply = client.request(line)
+        queued = self._queued(reply)
+        if reply.code:
+            self._fail(reply.code, reply.message, REFUSED)
+        elif self.args.quiet:
+            _print_ids(reply)
+        elif not self.args.json:
+            self.screen.show(verb, reply)
+        elif not queued:
+            _print_json(_document(reply))
+        return max(_status(reply), self._follow(client, queued))
+
+    def _many(self, client: Client) -> int:
+        status, queued = ACCEPTED, []
+        for reply in client.pipeline(_chunks()):
+            if self.args.json:
+                _print_json(_document(reply))
+            elif self.args.quiet:
+                _print_ids(reply)
+            else:
+                print(reply.line, flush=True)
+            status = max(status, _status(reply))
+            queued += self._queued(reply)
+        return max(status, self._follow(client, queued))
+
+    def _queued(self, reply: Reply) -> list[int]:
+        """The jobs to be followed; an id of 0 was answered at once."""
+        return [ack.id for ack in reply.acks if ack.id and self.args.wait]
+
+    def _follow(self, client: Client, ids: Iterable[int]) -> int:
+        status = ACCEPTED
+        for id in ids:
+            reply = Reply("", data={"job": client.wait(id, self.args.timeout)})
+            if self.args.json:
+                _print_json(reply.data)
+            elif not self.args.quiet:
+                self.screen.show("wait", reply)
+            status = max(status, _status(reply))
+        return status
+
+    def _fail(self, code: str, message: str, status: int) -> int:
+        if self.args.json:
+            _print_json({"ok": False, "error": code, "message": message})
+        else:
+            start = f"ERR {code}" if status == REFUSED else "upq-cli:"
+            print(start, message, file=sys.stderr)
+        return status
+
+    def _tell(self, text: str) -> None:
+        if self.args.verbose:
+            print(text, file=sys.stderr)
+
+
+def _chunks() -> Iterator[bytes]:
+    """Whole lines of standard input as they come, without empty ones, which would end the talk."""
+    rest = b""
+    while data := os.read(sys.stdin.fileno(), 1 << 16):
+        *lines, rest = (rest + data).split(b"\n")
+        yield b"".join(line + b"\n" for line in lines if line.strip())
+    if rest.strip():
+        yield rest + b"\n"
+
+
+def _status(reply: Reply) -> int:
+    """The exit status that a reply means. A job with nothing beside it is the answer of `wait`."""
+    data = reply.data
+    is_end = isinstance(data, dict) and data.keys() == {"job"}
+    return REFUSED if reply.code or (is_end and data["job"]["state"] != "done") else ACCEPTED
+
+
+def _document(reply: Reply) -> Any:
+    if reply.code:
+        return {"ok": False, "error": reply.code, "message": reply.message}
+    acks = [ack._asdict() for ack in reply.acks]
+    if len(acks) == 1:
+        return {"ok": True, **acks[0]}
+    return {"ok": True, "jobs": acks} if acks else reply.data
+
+
+def _print_json(document: Any) -> None:
+    print(wire.encode(document).decode(), end="", flush=True)
+
+
+def _print_ids(reply: Reply) -> None:
+    if reply.code:
+        print(reply.line, file=sys.stderr)
+    for id in [ack.id for ack in reply.acks] or _ids(reply.data):
+        print(id, flush=True)
+
+
+def _ids(data: Any) -> list[Any]:
+    if isinstance(data, list):
+        return [id for item in data for id in _ids(item)]
+    if not isinstance(data, dict):
+        return []
+    if named := [data[key] for key in ("id", "queue", "name") if key in data]:
+        return named[:1]
+    return _ids(data["job"] if "job" in data else [*data.values()])
+
+
+# What people see
+
+_JOB = ("id", "type", "queue", "state", "created_at", "ended_at", "params", "info")
+#: Of a list, what its table shows; all there is where nothing is said here.
+_COLUMNS: Mapping[str, Sequence[str]] = {
+    "jobs": _JOB,
+    "children": _JOB,
+    "history": ("at", "state", "attempt", "node", "who", "reason", "message"),
+    "queues": (
+        *("queue", "type", "queued", "blocked", "running", "done", "failed", "cancelled"),
+        *("expired", "concurrent", "oldest_queued_s", "reason"),
+    ),
+}
+_COLORS = {"done": 32, "failed": 31, "running": 36, "blocked": 33, "cancelled": 35, "expired": 35}
+#: Characters that a column keeps, however narrow the terminal.
+_NARROW = 8
+
+
+class _Screen:
+    """Standard output: aligned and in local time on a terminal, columns between TABs in a pipe."""
+
+    def __init__(self, color: str) -> None:
+        self.is_terminal = sys.stdout.isatty()
+        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+        self.has_color = color == "always" or (color == "auto" and self.is_terminal and not plain)
+
+    def show(self, verb: str, reply: Reply) -> None:
+        data = reply.data
+        if not isinstance(data, dict) or reply.line.startswith("{"):
+            print(reply.line)
+        elif verb == "output":
+            self._output(data)
+        elif verb == "wait":
+            self._end(data["job"])
+        elif verb == "why":
+            print(_visible(data["why"]))
+        elif verb == "show":
+            job = {key: value for key, value in data["job"].items() if value}
+            if job.get("jobdata") == job.get("params"):
+                job["jobdata"] = None
+            self._sections(job | data | {"job": None})
+        elif self.is_terminal and not any(data.values()):
+            print("none")
+        else:
+            self._sections(data)
+
+    def _output(self, data: Mapping[str, Any]) -> None:
+        text = data["text"]
+        sys.stdout.write(_visible(text) if self.is_terminal else text)
+        if data["truncated"]:
+            print(f"\nupq-cli: left out of {data['size_bytes']} bytes", file=sys.stderr)
+
+    def _end(self, job: Mapping[str, Any]) -> None:
+        message = f": {job['message']}" if job["message"] else ""
+        print(f"job {job['id']} {self._painted(job['state'])}{_visible(message)}")
+        result = job["result"]
+        if result is not None:
+            print(_visible(result) if isinstance(result, str) else _json(result))
+
+    def _sections(self, data: Mapping[str, Any]) -> None:
+        """What is simple as a block, then each object and each list of objects under its name."""
+        nested = {key: value for key, value in data.items() if _is_section(key, value)}
+        self._block("", {key: value for key, value in data.items() if key not in nested})
+        for key, value in nested.items():
+            if isinstance(value, dict) and not self.is_terminal:
+                self._block(f"{key}.", value)
+                continue
+            if len(data) > 1:
+                print(f"\n{key}" if self.is_terminal else "")
+            if isinstance(value, dict):
+                self._block("", value)
+            else:
+                self._table(_COLUMNS.get(key) or [*value[0]], value)
+
+    def _block(self, prefix: str, fields: Mapping[str, Any]) -> None:
+        cells = {f"{prefix}{key}": self._cell(key, value) for key, value in fields.items()}
+        width = max(map(len, cells), default=0)
+        for key, cell in cells.items():
+            if cell and self.is_terminal:
+                print(f"{key:<{width}}  {self._painted(cell)}")
+            elif cell:
+                print(f"{key}\t{cell}")
+
+    def _table(self, keys: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+        cells = [[self._cell(key, _value(key, row)) for key in keys] for row in rows]
+        if not self.is_terminal:
+            print(*("\t".join(row) for row in cells), sep="\n")
+            return
+        titles = [key.removesuffix("_at").upper() for key in keys]
+        columns = [column for column in zip(titles, *cells, strict=True) if any(column[1:])]
+        widths = [max(map(len, column)) for column in columns]
+        too_wide = sum(widths) + len("  ") * (len(widths) - 1) - _terminal_width()
+        # The last columns are the ones that can be cut best.
+        for at in reversed(range(len(widths))):
+            cut = max(0, min(too_wide, widths[at] - _NARROW))
+            widths[at] -= cut
+            too_wide -= cut
+        for line in zip(*columns, strict=True):
+            fitted = [_fit(cell, width) for cell, width in zip(line, widths, strict=True)]
+            print("  ".join(self._painted(cell) for cell in fitted).rstrip())
+
+    def _cell(self, key: str, value: Any) -> str:
+        """One value on one line."""
+        if value is None or value in ("", [], {}):
+            return ""
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        if key in ("params", "jobdata") and isinstance(value, dict):
+            return wire.one_line(_words(value))
+        if not isinstance(value, str):
+            return _json(value)
+        if self.is_terminal and (key == "at" or key.endswith("_at")):
+            return _local_time(value, "milliseconds" if key == "at" else "seconds")
+        return wire.one_line(value)
+
+    def _painted(self, text: str) -> str:
+        color = _COLORS.get(text.strip()) if self.has_color else None
+        return f"\033[{color}m{text}\033[m" if color else text
+
+
+def _is_section(key: str, value: Any) -> bool:
+    if key in ("params", "jobdata", "result", "progress") or not value:
+        return False
+    return isinstance(value, dict) or (isinstance(value, list) and isinstance(value[0], dict))
+
+
+def _value(key: str, row: Mapping[str, Any]) -> Any:
+    """A field; `info` is what is worth knowing of a job now."""
+    if key != "info":
+        return row.get(key)
+    return row.get("reason") or row.get("progress") or row.get("message")
+
+
+def _words(params: Mapping[str, Any]) -> str:
+    """The parameters as a line would give them."""
+    texts = {
+        key: value if isinstance(value, str) else _json(value) for key, value in params.items()
+    }
+    return wire.join(["", *(f"{key}:{text}" for key, text in texts.items())]).strip()
+
+
+def _json(value: Any) -> str:
+    return wire.encode(value).decode().rstrip("\n")
+
+
+def _visible(text: str) -> str:
+    """Without what could command a terminal; lines and TABs stay."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda char: ascii(char[0])[1:-1], text)
+
+
+def _local_time(text: str, timespec: str) -> str:
+    from datetime import datetime  # noqa: PLC0415, only terminals need it
+
+    try:
+        local = datetime.fromisoformat(text).astimezone().replace(tzinfo=None)
+    except ValueError:
+        return wire.one_line(text)
+    return local.isoformat(" ", timespec)
+
+
+def _fit(cell: str, width: int) -> str:
+    return f"{cell:<{width}}" if len(cell) <= width else cell[: width - 1] + "…"
+
+
+def _terminal_width() -> int:
+    try:
+        return int(os.environ.get("COLUMNS") or os.get_terminal_size(sys.stdout.fileno()).columns)
+    except (OSError, ValueError):
+        return 80

@@ -1,0 +1,397 @@
+"""The only place that builds things: wires them, starts them in order, stops them in reverse."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import fcntl
+import hashlib
+import logging
+import os
+import select
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from upq import __version__, systemd, when
+from upq import log as logs
+from upq.claimer import Claimer
+from upq.clock import Clock
+from upq.command import CommandJob, Lifeline, end_orphans
+from upq.config import Settings
+from upq.db import Database
+from upq.desk import Ends, JobDesk
+from upq.dispatcher import Dispatcher
+from upq.errors import (
+    AlreadyRunning,
+    CannotCreate,
+    Refused,
+    RequestError,
+    StartError,
+)
+from upq.events import Bus
+from upq.job import CANCELLED, DONE, EXPIRED, FAILED
+from upq.jobtypes import JobTypes
+from upq.pool import Pool
+from upq.queue import BEAT_S, Queue
+from upq.runner import Runner
+from upq.server import Door, Place, bind_tcp, bind_unix
+from upq.statements import CHUNK
+from upq.views import Views
+
+log = logging.getLogger("upq")
+
+#: Seconds between two looks for jobs older than the retention.
+PURGE_S = 10.0
+#: Exit status for a damaged database file: to start again would not help (EX_DATAERR).
+DAMAGED = 65
+#: Failures of one of the daemon's own threads after which it gives up.
+ROLE_FAILURES = 5
+#: Seconds that commands have to obey TERM when the grace of a stop is over.
+LAST_GRACE_S = 1.0
+
+
+class Daemon:
+    """One daemon: `start()`, then `run()` until a signal, then `stop()`.
+
+    load: reads the configuration again, as the command line wants it; raises StartError.
+    """
+
+    def __init__(self, settings: Settings, load: Callable[[], Settings]) -> None:
+        self.settings = self._at_start = settings
+        self._load = load
+        self._locks: list[int] = []
+        self._lifeline = Lifeline()
+        self._clock = Clock()
+        self._doors: list[Door] = []
+        self._reloading = threading.Lock()
+        self._stopped = threading.Event()
+        self._wake_r, self._wake_w = os.pipe()
+        os.set_blocking(self._wake_w, False)
+        self.exit_status = 0
+        # Set for the next start to find that this one did not end well.
+        self._keep_node = False
+
+    # Start
+
+    def start(self) -> None:
+        """Everything up to READY. Raises StartError; repeating any step is harmless."""
+        began_s = time.monotonic()
+        settings = self.settings
+        self._take_locks()
+        self._open_store()
+        self._build()
+        self._rescue()
+        self._open_doors()
+        self._clock.every(BEAT_S, "beat", self._queue.beat)
+        self._clock.every(PURGE_S, "retention", self._purge)
+        interval_s = systemd.watchdog_interval_s()
+        if interval_s is not None:
+            self._clock.every(interval_s, "watchdog", self._ping_watchdog)
+        self._start_role("claimer", self._claimer.run)
+        self._start_role("chores", self._tick)
+        if self._database.kind == "postgresql":
+            self._start_role("hangs", self._watch_for_hangs)
+        for door in self._doors:
+            door.start()
+        for kind in self._types.broken():
+            log.error("[job %s] is broken: %s", kind.name, kind.fault)
+        took_s = time.monotonic() - began_s
+        doors = ", ".join(map(str, self._doors))
+        log.info("ready in %.3f s: %s serves %s", took_s, self._database, doors)
+        systemd.notify("READY=1", f"STATUS=running, {settings.file}")
+
+    def _take_locks(self) -> None:
+        paths = self.settings.paths
+        state = Path(paths.state_dir)
+        others = [Path(p) for p in paths.others.values()]
+        for folder in (state, Path(self.socket_path).parent, *others):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise CannotCreate(f"[paths] {folder}: {error.strerror}") from error
+        self._locks.append(lock(state / "node.lock", f"another upq daemon uses {state}"))
+        self._locks.append(
+            lock(Path(f"{self.socket_path}.lock"), f"another upq daemon serves {self.socket_path}")
+        )
+
+    @property
+    def socket_path(self) -> str:
+        return self.settings.paths.socket
+
+    def _open_store(self) -> None:
+        settings = self.settings
+        state = Path(settings.paths.state_dir)
+        self._database = Database(
+            settings.db.url,
+            durable=settings.db.durability == "full",
+            jobs_file=state / "jobs.db",
+        )
+        self._database.prepare()
+        self._bus = Bus()
+        # The lock is on this folder: a node of the same name with another one is not us.
+        machine = machine_id() + hashlib.sha256(os.fsencode(state.resolve())).hexdigest()[:8]
+        self._queue = Queue(self._database, self._bus, settings.node.name, machine)
+        try:
+            self._queue.open()
+        except RequestError as error:
+            raise StartError(f"{self._database}: {error}") from error
+
+    def _build(self) -> None:
+        """Wire the parts; nothing runs yet."""
+        settings = self.settings
+        self._types = JobTypes(settings, self._lifeline)
+        self._views = Views(
+            self._database,
+            self._hold,
+            lambda: self._types.secret,
+        )
+        self._ends = Ends(self._views, self._queue.shared)
+        self._runner = Runner(self._queue, self._types)
+        self._claimer = Claimer(self._queue, self._runner, self._types.hold)
+        self._dispatcher = Dispatcher(
+            settings, self._types, self._queue, self._views, self._ends, self._claimer, __version__
+        )
+        desk = JobDesk(self._queue, self._views, self._ends, self._claimer.pool, self._dispatcher)
+        self._runner.desk = self._dispatcher.desk = desk
+        self._dispatcher.reload = self.reload
+        self._make_pools()
+        self._bus.subscribe(self._ends.hear)
+
+    def _hold(self, lane_id: int) -> str:
+        lane = self._queue.lanes.get(lane_id)
+        return self._types.hold(lane) if lane else ""
+
+    def _make_pools(self) -> None:
+        """A pool and a lane for each type; pools of types that are gone stay for their jobs."""
+        pools = dict(self._claimer.pools)
+        for name, kind in self._types.by_name.items():
+            self._queue.lane(kind.queue, name)
+            if name in pools:
+                pools[name].resize(kind.cfg.concurrent)
+            else:
+                pools[name] = Pool(name, kind.cfg.concurrent, self._runner, self._claimer.wake)
+        self._claimer.pools = pools
+
+    def _rescue(self) -> None:
+        """Take back what earlier incarnations of this node were running when they died."""
+        dead = self._queue.dead_nodes()
+        orphans = self._queue.orphans()
+        if orphans:
+            end_orphans({one.token for one in orphans})
+            log.info("Starting %d unfinished jobs found in DB.", len(orphans))
+            self._queue.rescue(orphans, self._runner.crashed)
+        self._queue.forget_nodes(dead)
+        self._claimer.heat()
+        if dead and self._database.kind == "sqlite":
+            threading.Thread(target=self._quick_check, name="quick_check", daemon=True).start()
+
+    def _quick_check(self) -> None:
+        found = self._database.quick_check()
+        if found:
+            log.critical("the database file is damaged: %s; restore it from a backup", found)
+            self._keep_node = True
+            self.fail(DAMAGED)
+
+    def _open_doors(self) -> None:
+        listen = self.settings.listen
+        given = [sock for socks in systemd.listen_fds().values() for sock in socks]
+        found = [(sock, Place(None)) for sock in given]
+        if not any(sock.family == socket.AF_UNIX for sock in given):
+            found.append(bind_unix(Path(self.socket_path), self.settings.paths.socket_chmod))
+        if listen.tcp is not None:
+            found.append(bind_tcp(listen.tcp.host, listen.tcp.port))
+        self._doors = [Door(sock, self._dispatcher, listen, place) for sock, place in found]
+
+    # The daemon's own threads
+
+    def _start_role(self, name: str, run: Callable[[], None]) -> None:
+        threading.Thread(target=self._guard, args=(name, run), name=name, daemon=True).start()
+
+    def _guard(self, name: str, run: Callable[[], None]) -> None:
+        """Run a role; when it fails, again with growing pauses, and give up in the end."""
+        failures = 0
+        while failures < ROLE_FAILURES:
+            began_s = time.monotonic()
+            try:
+                run()
+                return
+            except Exception:
+                log.exception("%s failed", name)
+            failures = failures + 1 if time.monotonic() - began_s < 60 else 1
+            time.sleep(0.1 * 2**failures)
+        log.critical("%s failed %d times: the daemon stops", name, ROLE_FAILURES)
+        self.fail()
+
+    def fail(self, exit_status: int = 70) -> None:
+        """Stop, with a status by which the service manager starts the daemon again, or not."""
+        self.exit_status = exit_status
+        os.write(self._wake_w, bytes([signal.SIGTERM]))
+
+    def _tick(self) -> None:
+        while not self._stopped.wait(self._clock.tick(time.monotonic())):
+            pass
+
+    def _watch_for_hangs(self) -> None:
+        # Not a chore: those write as well, and would wait for what they are to end.
+        while not self._stopped.wait(1.0):
+            self._queue.writer.break_off()
+
+    def _purge(self) -> None:
+        """Delete what is older than the retention; for a second at the most, others wait."""
+        db, over_s = self.settings.db, time.monotonic() + 1.0
+        for state in (DONE, FAILED, CANCELLED, EXPIRED):
+            keep_s = db.keep_done_s if state == DONE else db.keep_failed_s
+            before = when.now() - round(keep_s * 1e6)
+            while self._queue.purge(state, before) == CHUNK and time.monotonic() < over_s:
+                if self._stopped.wait(0.02):
+                    return
+
+    def _ping_watchdog(self) -> None:
+        """Tell systemd that we live, if the claimer has come round since we woke it last."""
+        if self._claimer.ticked_s >= self._woken_s:
+            systemd.notify("WATCHDOG=1")
+        self._woken_s = time.monotonic()
+        self._claimer.wake()
+
+    _woken_s = 0.0
+
+    # Signals
+
+    def run(self) -> None:
+        """Serve until TERM or INT. HUP reloads, USR1 writes every thread's stack to the log."""
+        while True:
+            signum = os.read(self._wake_r, 1)[0]
+            if signum in (signal.SIGTERM, signal.SIGINT):
+                return
+            if signum == signal.SIGHUP:
+                try:
+                    self.reload()
+                except Exception as error:
+                    log.error("not reloaded: %s", error)
+            elif signum == signal.SIGUSR1:
+                faulthandler.dump_traceback()
+
+    def catch_signals(self) -> None:
+        """Handlers only note the signal; the main thread reads it from a pipe."""
+        signal.set_wakeup_fd(self._wake_w, warn_on_full_buffer=False)
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(signum, lambda *_: None)
+
+    def reload(self) -> list[str]:
+        """Read the configuration again; with faults in it the old one stays, and Refused says so.
+
+        Returns warnings: what takes effect only after a restart among them.
+        """
+        with self._reloading:
+            systemd.notify_reloading()
+            try:
+                settings = self._load()
+                set_up_log(settings)
+            except StartError as error:
+                faults = "; ".join(str(error).splitlines())
+                raise Refused(f"the old configuration stays: {faults}") from error
+            finally:
+                systemd.notify("READY=1")
+            fixed = ("daemon", "db", "paths", "node", "listen")
+            changed = [s for s in fixed if getattr(settings, s) != getattr(self._at_start, s)]
+            warnings = [*settings.warnings, *(f"[{s}] needs a restart" for s in changed)]
+            self.settings = settings
+            self._types.configure(settings)
+            self._dispatcher.configure(settings)
+            self._make_pools()
+            self._claimer.heat()
+            for warning in warnings:
+                log.warning("%s", warning)
+            log.info("reloaded %s", settings.file)
+            return warnings
+
+    # Stop
+
+    def stop(self) -> None:
+        """Drain, then interrupt; no job is lost and none that was interrupted loses an attempt."""
+        systemd.notify("STOPPING=1")
+        log.info("Shutting down socket server...")
+        grace_s = self.settings.daemon.grace_s
+        deadline_s = time.monotonic() + grace_s
+        self._dispatcher.stopping = True
+        for door in self._doors:
+            # Clients of a socket that systemd keeps wait in its backlog for the next daemon.
+            if door.outlives_us:
+                door.close()
+        self._claimer.drain()
+        self._wait_until(lambda: self._claimer.busy == 0, deadline_s)
+        self._claimer.stop()
+        self._claimer.close_pools()
+        self._interrupt()
+        for door in self._doors:
+            door.close()
+            door.hang_up()
+        if not self._claimer.flush(time.monotonic() + 2.0):
+            log.error("the database is away: ends of jobs are not stored, they will run again")
+        self._stopped.set()
+        if not self._keep_node:
+            with contextlib.suppress(RequestError):
+                self._queue.close()
+        self._lifeline.close()
+        self._database.close()
+        for fd in self._locks:
+            os.close(fd)
+        log.info("Good bye.")
+
+    def _interrupt(self) -> None:
+        """End what still runs: commands by TERM and KILL, threads by asking; give all back."""
+        left = self._claimer.running()
+        for job, plugin in left:
+            log.info("(%s:%d) interrupted, it will run again", job.type, job.id)
+            if plugin is not None:
+                plugin.interrupted = True
+                if isinstance(plugin, CommandJob):
+                    plugin.grace_s = LAST_GRACE_S
+                plugin.cancel()
+        if left:
+            self._wait_until(lambda: self._claimer.busy == 0, time.monotonic() + LAST_GRACE_S + 0.5)
+        for job, _ in self._claimer.running():
+            self._runner.give_back(job, "interrupted")
+
+    def _wait_until(self, done: Callable[[], bool], deadline_s: float) -> None:
+        """Until done, the deadline, or a second TERM."""
+        while not done() and time.monotonic() < deadline_s:
+            told = select.select([self._wake_r], [], [], 0.02)[0]
+            if told and os.read(self._wake_r, 1)[0] in (signal.SIGTERM, signal.SIGINT):
+                return
+
+
+def machine_id() -> str:
+    for path in ("/etc/machine-id", "/var/lib/dbus/machine-id"):
+        with contextlib.suppress(OSError):
+            return Path(path).read_text().strip()
+    return os.uname().nodename
+
+
+def lock(path: Path, refusal: str) -> int:
+    """Hold a lock file for life. Raises AlreadyRunning."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise CannotCreate(f"{path}: {error.strerror}") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        raise AlreadyRunning(refusal) from error
+    return fd
+
+
+def set_up_log(settings: Settings) -> None:
+    logging_ = settings.logging
+    logfile = Path(logging_.logfile) if logging_.logfile else None
+    try:
+        if logfile is not None:
+            logfile.parent.mkdir(parents=True, exist_ok=True)
+        logs.setup(logging_.loglevel, logging_.logformat, logfile)
+    except OSError as error:
+        raise CannotCreate(f"[logging] logfile = {logfile}: {error.strerror}") from error

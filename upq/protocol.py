@@ -1,0 +1,421 @@
+"""A line to a request. Quotes and replies are in `wire`; what a request means is the dispatcher's.
+
+`parse` raises nothing but RequestError: it is answered with one line, the connection stays open.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from upq import when, wire
+from upq.errors import BadParams, BadText, TooLong, UnknownCommand
+from upq.job import PRIORITIES, STATES
+
+#: Levels of objects and lists in JSON.
+JSON_DEPTH = 32
+#: How far a priority may be from 0.
+PRIORITY_LIMIT = 1_000_000
+
+#: What Request.kind says.
+SUBMIT = "submit"
+SUBMIT_MANY = "submit_many"
+VERB = "verb"
+
+
+class Options(NamedTuple):
+    """The `@option:value` words of a submit; None where not given."""
+
+    #: Seconds from now before which the job does not start.
+    in_s: float | None = None
+    #: The same as a time, from `@at:`. Never together with in_s.
+    run_at: int | None = None
+    priority: int | None = None
+    key: str | None = None
+    queue: str | None = None
+    node: str | None = None
+    timeout_s: float | None = None
+    retries: int | None = None
+    #: Seconds from now after which the job no longer starts.
+    expires_s: float | None = None
+    #: Ids of jobs that have to be done before.
+    after: tuple[int, ...] | None = None
+
+
+NO_OPTIONS = Options()
+
+
+class Request(NamedTuple):
+    """One line, understood."""
+
+    #: SUBMIT, SUBMIT_MANY or VERB.
+    kind: str
+    #: The verb, or the job type of a submit.
+    verb: str
+    #: The parameters of a submit, or the arguments of a verb by name, converted.
+    params: dict[str, Any]
+    options: Options = NO_OPTIONS
+    #: The submits of a SUBMIT_MANY.
+    many: tuple[Request, ...] = ()
+    #: It came as JSON and is answered in JSON.
+    json: bool = False
+    #: The whole line.
+    line: str = ""
+
+    @property
+    def args(self) -> str:
+        """The line after its first word."""
+        return _cut(self.line)[1]
+
+
+class Verb(NamedTuple):
+    #: Its arguments in the order in which they may stand without their names: `<id>` is needed,
+    #: `[limit:20]` is not, dots take the rest of the line.
+    usage: str
+    meaning: str
+
+
+#: The control verbs; none of them can be a job type.
+VERBS: Mapping[str, Verb] = {
+    "help": Verb("", "this list"),
+    "ping": Verb("", "is anyone there?"),
+    "version": Verb("", "the version of the daemon"),
+    "status": Verb("", "how the daemon is, with counts and counters"),
+    "queues": Verb("", "all queues with their counts"),
+    "jobs": Verb("[state:failed] [type:hash] [queue:hash] [limit:20]", "list jobs"),
+    "show": Verb("<id>", "all about a job, with its history"),
+    "output": Verb("<id>", "what a job's last attempt printed"),
+    "cancel": Verb("<id>", "end a job before its time"),
+    "retry": Verb("<id>", "queue a failed or cancelled job again"),
+    "wait": Verb("<id> [timeout:30s]", "answer when the job has ended"),
+    "check": Verb("<line...>", "would this line be accepted? Nothing is queued"),
+    "why": Verb("<id>", "what a job that is not running waits for"),
+    "nodes": Verb("", "the daemons that share the database"),
+    "schedules": Verb("", "what starts at which times"),
+    "pause": Verb("<queue>", "start no more jobs of a queue"),
+    "resume": Verb("[queue:hash]", "undo pause; without a queue, undo drain"),
+    "reload": Verb("", "read the configuration again"),
+    "drain": Verb("", "start no more jobs; submits are still accepted"),
+    "watch": Verb("[id:17] [type:hash] [queue:hash] [since:0]", "stream events"),
+    "claim": Verb("<queue> [n:1] [ttl:60s]", "take jobs for an outside consumer"),
+    "beat": Verb("<id> <token> [progress...]", "keep a claimed job"),
+    "finish": Verb("<id> <token> [result...]", "end a claimed job well, with a JSON result"),
+    "fail": Verb("<id> <token> <message...>", "end a claimed job badly"),
+    "release": Verb("<id> <token>", "give a claimed job back"),
+}
+
+
+def parse(line: bytes) -> Request | None:
+    """Understand a line, given without its LF; None for an empty one, which ends the talk.
+
+    Raises BadText, TooLong, BadParams, or UnknownCommand for a verb in JSON.
+    """
+    line = line.removesuffix(b"\r")
+    if len(line) > wire.limit_bytes(line):
+        raise TooLong(f"a line may have {wire.limit_bytes(line)} bytes")
+    try:
+        text = line.decode()
+    except UnicodeDecodeError as error:
+        raise BadText(f"not UTF-8 at byte {error.start}") from None
+    if not text.isprintable() and (bad := _CONTROL.search(text)):
+        raise BadText(f"control character {ord(bad[0]):#04x} at character {bad.start()}")
+    if text.startswith("{"):
+        return _parse_json(text)
+    if _is_plain(text):
+        verb, *words = text.split() or ("",)
+        if verb and verb not in VERBS:
+            params = {}
+            for word in words:
+                key, _, value = word.partition(":")
+                params[key] = value
+            return Request(SUBMIT, verb, params, NO_OPTIONS, (), False, text)
+    verb, rest = _cut(text)
+    if not verb:
+        return None
+    if verb in VERBS:
+        return Request(VERB, verb, _read_arguments(verb, rest), line=text)
+    params, options = _read_submit(rest)
+    return Request(SUBMIT, verb, params, options, line=text)
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]")
+
+
+def _is_plain(text: str) -> bool:
+    """No quotes, options or JSON; ASCII, because str.split() splits at more than blanks."""
+    return text.isascii() and not ('"' in text or "'" in text or "@" in text or "{" in text)
+
+
+def _cut(text: str) -> tuple[str, str]:
+    """The first word, and the rest."""
+    verb, *rest = re.split("[ \t]+", text.strip(" \t"), maxsplit=1)
+    return verb, "".join(rest)
+
+
+def _read_submit(text: str) -> tuple[dict[str, Any], Options]:
+    params: dict[str, Any] = {}
+    options: dict[str, str] = {}
+    position = 0
+    while position < len(text):
+        if text[position] == "{" and not params:
+            params, position = _load(text, position)
+            continue
+        word, position = wire.next_word(text, position)
+        key, _, value = word.partition(":")
+        if word.startswith("@"):
+            options[key[1:]] = value
+        elif word.startswith("{") and not params:
+            params = _load_all(word)
+        else:
+            params[key] = value
+    return params, _read_options(options)
+
+
+def _read_arguments(verb: str, text: str) -> dict[str, Any]:
+    given: dict[str, Any] = {}
+    position = 0
+    while position < len(text):
+        argument = next((free for free in _ARGUMENTS[verb] if free.name not in given), None)
+        if argument and argument.takes_rest:
+            given[argument.name] = _read_rest(argument.name, text[position:])
+            break
+        word, position = wire.next_word(text, position)
+        name, colon, value = word.partition(":")
+        if colon:
+            given[name] = value
+        elif argument:
+            given[argument.name] = word
+        else:
+            raise _misused(verb)
+    return _convert_arguments(verb, given)
+
+
+def _read_rest(name: str, text: str) -> Any:
+    if text[0] in "\"'":
+        word, end = wire.next_word(text, 0)
+        text = word if end == len(text) else text
+    return _load_all(text) if name == "result" else text
+
+
+# JSON
+
+
+def _parse_json(text: str) -> Request:
+    fields = _load_all(text)
+    if "verb" in fields:
+        verb = fields.pop("verb")
+        if not isinstance(verb, str) or verb not in VERBS:
+            raise UnknownCommand(f"no verb {json.dumps(verb)[:40]}")
+        return Request(VERB, verb, _convert_arguments(verb, fields), json=True, line=text)
+    if "submit_many" in fields:
+        submits = fields["submit_many"]
+        if len(fields) > 1 or not isinstance(submits, list) or not submits:
+            raise BadParams("submit_many takes a list of submits and nothing beside it")
+        many = tuple(map(_json_submit, submits))
+        return Request(SUBMIT_MANY, SUBMIT_MANY, {}, NO_OPTIONS, many, True, text)
+    return _json_submit(fields, text)
+
+
+def _json_submit(fields: Any, text: str = "") -> Request:
+    if not isinstance(fields, dict) or not fields.keys() <= {"submit", "params", "options"}:
+        raise BadParams('a submit is {"submit": type, "params": {...}, "options": {...}}')
+    verb = _convert("submit", _text, fields.get("submit"))
+    params, options = fields.get("params", {}), fields.get("options", {})
+    if not isinstance(params, dict) or not isinstance(options, dict):
+        raise BadParams("params and options are JSON objects")
+    return Request(SUBMIT, verb, params, _read_options(options), (), True, text)
+
+
+def _load_all(text: str) -> Any:
+    value, end = _load(text)
+    if end < len(text):
+        raise BadParams(f"text after the JSON: {text[end : end + 40]}")
+    return value
+
+
+def _load(text: str, start: int = 0) -> tuple[Any, int]:
+    """The JSON value at `start`, and where the next word starts."""
+    try:
+        value, end = _DECODER.raw_decode(text, start)
+    except json.JSONDecodeError as error:
+        raise BadParams(f"not JSON: {error.msg} at character {error.pos}") from None
+    except RecursionError:
+        raise BadParams(f"JSON nested deeper than {JSON_DEPTH}") from None
+    except ValueError as error:
+        raise BadParams(f"not JSON: {error}") from None
+    # Only escapes can smuggle in what the line as a whole may not hold.
+    if "\\" in text or text.count("{") + text.count("[") > JSON_DEPTH:
+        _vet(value)
+    blank = _BLANK.match(text, end)
+    if blank is None:
+        raise BadParams(f"text after the JSON: {text[end : end + 40]}")
+    return value, blank.end()
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key is given twice")
+    return found
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is not a number")
+    return number
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite)
+_BLANK = re.compile(r"[ \t]++|$")
+#: Control characters but white space, and halves of a character, which are not UTF-8.
+_SMUGGLED = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def _vet(value: Any) -> None:
+    """Refuse what is nested too deep, and strings that a line of text could not hold."""
+    parts = [value]
+    for _ in range(JSON_DEPTH + 1):
+        if any(isinstance(part, str) and _SMUGGLED.search(part) for part in parts):
+            raise BadText("the JSON holds a control character or half a character")
+        nested = [part for part in parts if isinstance(part, dict | list)]
+        if not nested:
+            return
+        parts = [part for item in nested for part in item]
+        parts += [part for item in nested if isinstance(item, dict) for part in item.values()]
+    raise BadParams(f"JSON nested deeper than {JSON_DEPTH}")
+
+
+# Options and arguments: each has a function that converts it or raises ValueError
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("text is needed")
+    return value
+
+
+def _number(value: Any) -> int:
+    if isinstance(value, str) and re.fullmatch("[0-9]{1,19}", value):
+        value = int(value)
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError("a number is needed")
+    return value
+
+
+def _duration(value: Any) -> float:
+    if type(value) in (int, float):
+        value = f"{value:f}"
+    return when.duration(_text(value))
+
+
+def _instant(value: Any) -> int:
+    return when.instant(_text(value))
+
+
+def _priority(value: Any) -> int:
+    if isinstance(value, str):
+        value = PRIORITIES.get(value, value)
+    if isinstance(value, str) and re.fullmatch("[+-]?[0-9]{1,9}", value):
+        value = int(value)
+    if type(value) is not int or abs(value) > PRIORITY_LIMIT:
+        raise ValueError(f"high, default, low or a number up to {PRIORITY_LIMIT} is needed")
+    return value
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    if isinstance(value, str):
+        value = value.split(",")
+    return tuple(dict.fromkeys(map(_number, value if isinstance(value, list) else [value])))
+
+
+def _state(value: Any) -> str:
+    if value not in STATES:
+        raise ValueError(f"one of {', '.join(STATES)} is needed")
+    return str(value)
+
+
+def _anything(value: Any) -> Any:
+    return value
+
+
+#: Option to the field of Options that it fills, and how.
+_OPTIONS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
+    "in": ("in_s", _duration),
+    "at": ("run_at", _instant),
+    "priority": ("priority", _priority),
+    "key": ("key", _text),
+    "queue": ("queue", _text),
+    "node": ("node", _text),
+    "timeout": ("timeout_s", _duration),
+    "retries": ("retries", _number),
+    "expires": ("expires_s", _duration),
+    "after": ("after", _ids),
+}
+
+
+def _read_options(given: Mapping[str, Any]) -> Options:
+    if not given:
+        return NO_OPTIONS
+    fields = {}
+    for name, value in given.items():
+        if name not in _OPTIONS:
+            raise BadParams(f"no option @{name[:40]}; there are @{' @'.join(_OPTIONS)}")
+        field, convert = _OPTIONS[name]
+        fields[field] = _convert(f"@{name}", convert, value)
+    if "in_s" in fields and "run_at" in fields:
+        raise BadParams("@in and @at exclude each other")
+    return Options(**fields)
+
+
+class _Argument(NamedTuple):
+    name: str
+    is_needed: bool
+    takes_rest: bool
+
+
+_ARGUMENTS = {
+    verb: [
+        _Argument(name, bracket == "<", bool(dots))
+        for bracket, name, dots in re.findall(r"([<\[])(\w+)(\.*)", known.usage)
+    ]
+    for verb, known in VERBS.items()
+}
+_CONVERTERS: Mapping[str, Callable[[Any], Any]] = {
+    "id": _number,
+    "limit": _number,
+    "line": _text,
+    "message": _text,
+    "n": _number,
+    "progress": _anything,
+    "queue": _text,
+    "result": _anything,
+    "since": _number,
+    "state": _state,
+    "timeout": _duration,
+    "token": _number,
+    "ttl": _duration,
+    "type": _text,
+}
+
+
+def _convert_arguments(verb: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    known = _ARGUMENTS[verb]
+    needed = {argument.name for argument in known if argument.is_needed}
+    if not needed <= given.keys() <= {argument.name for argument in known}:
+        raise _misused(verb)
+    return {name: _convert(name, _CONVERTERS[name], value) for name, value in given.items()}
+
+
+def _misused(verb: str) -> BadParams:
+    return BadParams(f"usage: {verb} {VERBS[verb].usage}".rstrip())
+
+
+def _convert(name: str, convert: Callable[[Any], Any], value: Any) -> Any:
+    try:
+        return convert(value)
+    except (ValueError, OverflowError) as error:
+        raise BadParams(f"{name}: {error}") from None
