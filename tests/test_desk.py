@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.stores import Store
+from tests.test_pool import until
+from upq import UpqJob
+from upq.desk import Ends, JobDesk
+from upq.errors import Unavailable, UpqError
+from upq.events import Event
+from upq.job import DONE, FAILED, Accepted, Job, NewJob, Outcome
+from upq.pool import Pool
+
+
+class Office:
+    """A desk over a store. Jobs are claimed and ended by hand, as parents that a pool runs."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.pool = Pool("hash", 1, None, lambda: None)  # type: ignore[arg-type]
+        self.ends = Ends(store.views, shared=False)
+        store.queue._bus.subscribe(self.ends.hear)
+        self.desk = JobDesk(store.queue, store.views, self.ends, self._pool, self)  # type: ignore[arg-type]
+
+    def _pool(self, name: str) -> Pool | None:
+        return self.pool if name == "hash" else None
+
+    def submit_child(self, new: NewJob) -> Accepted:
+        return self.store.accepted(new)[0]
+
+    def begin(self, job: Job) -> UpqJob:
+        """The object of a claimed job, running in this thread."""
+        plugin = UpqJob(job.type, dict(job.data), jobid=job.id, desk=self.desk)  # type: ignore[arg-type]
+        plugin.token = job.token
+        self.pool._jobs[job.token] = job
+        self.pool._running += 1
+        return plugin
+
+    def end(self, job: Job, state: str = DONE, **fields: Any) -> None:
+        self.store.queue.finish(job, Outcome(state, **fields))
+        self.store.flush()
+
+
+@pytest.fixture
+def office(tmp_path: Path) -> Iterator[Office]:
+    with Store(f"sqlite:///{tmp_path}/upq.db") as store:
+        yield Office(store)
+
+
+@pytest.fixture
+def parent(office: Office) -> UpqJob:
+    office.store.submit(submitter="uid:3")
+    return office.begin(office.store.claim_one())
+
+
+# Children
+
+
+def test_a_child_is_queued_with_its_parent_and_submitter(office: Office, parent: UpqJob) -> None:
+    child = parent.enqueue_newjob("reverify", {"fid": 1})
+    seen = office.store.views.job(child.jobid)
+    assert (seen["parent"], seen["root"], seen["submitter"]) == (parent.jobid,) * 2 + ("uid:3",)
+    assert (child.jobname, child.state, child.result, child.msgstr) == (
+        "reverify",
+        "queued",
+        None,
+        "",
+    )
+
+
+def test_the_nth_of_a_kind_is_a_job_of_its_own(office: Office, parent: UpqJob) -> None:
+    asked = [{"a": 1, "b": 2}, {"b": 2, "a": 1}, {"a": 1}, {"a": "1"}, {"a": 1, "b": 2}]
+    children = [parent.enqueue_newjob("reverify", params).jobid for params in asked]
+    assert len(set(children)) == 5
+
+
+def test_after_a_crash_the_same_calls_return_the_same_jobs(office: Office, parent: UpqJob) -> None:
+    asked = [{"n": 1}, {"n": 1}, {"n": 2}]
+    before = [parent.enqueue_newjob("reverify", params).jobid for params in asked]
+    office.end(office.store.claim_one("reverify"), result="kept", message="well")
+    parent = rerun(office, parent)
+    children = [parent.enqueue_newjob("reverify", params) for params in asked]
+    assert [child.jobid for child in children] == before
+    assert (children[0].state, children[0].result, children[0].msgstr) == (DONE, "kept", "well")
+    assert parent.enqueue_newjob("reverify", {"n": 2}).jobid not in before
+
+
+def rerun(office: Office, parent: UpqJob) -> UpqJob:
+    job = office.pool._jobs.pop(parent.token)
+    office.pool._running -= 1
+    office.store.queue.rescue([job], lambda _: [])
+    return office.begin(office.store.claim_one())
+
+
+def test_after_a_crash_a_failed_child_is_back_as_failed(office: Office, parent: UpqJob) -> None:
+    child = parent.enqueue_newjob("reverify")
+    office.end(office.store.claim_one("reverify"), FAILED)
+    again = rerun(office, parent).enqueue_newjob("reverify")
+    assert (again.jobid, again.state) == (child.jobid, FAILED)
+
+
+def test_when_the_parent_is_retried_a_failed_child_runs_again(
+    office: Office, parent: UpqJob
+) -> None:
+    child = parent.enqueue_newjob("reverify")
+    office.end(office.store.claim_one("reverify"), FAILED)
+    office.end(office.pool._jobs.pop(parent.token), FAILED)
+    office.store.queue.retry(parent.jobid, "root")
+    again = office.begin(office.store.claim_one()).enqueue_newjob("reverify")
+    assert (again.jobid, again.state) == (child.jobid, "queued")
+
+
+def test_a_job_that_does_not_run_queues_no_children(office: Office, parent: UpqJob) -> None:
+    office.pool._jobs.clear()
+    with pytest.raises(UpqError, match="does not run"):
+        parent.enqueue_newjob("reverify")
+
+
+# Waiting
+
+
+def test_a_parent_that_waits_gives_its_place_back_and_says_so(
+    office: Office, parent: UpqJob
+) -> None:
+    child = parent.enqueue_newjob("reverify")
+    seen: list[tuple[int, str]] = []
+
+    def end_it() -> None:
+        until(lambda: office.pool.sizes()["running"] == 0)
+        office.store.flush()
+        seen.append((0, office.store.views.job(parent.jobid)["reason"]))
+        office.end(office.store.claim_one("reverify"), result=5)
+
+    helper = threading.Thread(target=end_it)
+    helper.start()
+    assert child.finished.wait(10)
+    helper.join(10)
+    assert seen == [(0, f"waits for {child.jobid}")]
+    assert (child.result, office.pool.sizes()["running"]) == (5, 1)
+    office.store.flush()
+    assert office.store.views.job(parent.jobid)["reason"] == ""
+
+
+def test_a_wait_for_what_has_ended_is_over_at_once(office: Office, parent: UpqJob) -> None:
+    child = parent.enqueue_newjob("reverify")
+    assert not child.finished.is_set()
+    office.end(office.store.claim_one("reverify"))
+    assert child.finished.is_set()
+    assert child.finished.wait(0)
+    assert office.store.queue.writer.pending == 0
+
+
+def test_a_wait_has_its_time(office: Office, parent: UpqJob) -> None:
+    child = parent.enqueue_newjob("reverify")
+    began = time.monotonic()
+    assert not child.finished.wait(0.1)
+    assert 0.1 <= time.monotonic() - began < 2
+    assert office.pool.sizes()["running"] == 1
+
+
+def test_a_wait_never_raises(
+    office: Office, parent: UpqJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = parent.enqueue_newjob("reverify")
+    monkeypatch.setattr(office.store.views, "end", lambda id: fail())
+    assert not child.finished.wait(0.05)
+    monkeypatch.undo()
+    child._id = child.finished._id = 10**15  # type: ignore[attr-defined]
+    assert not child.finished.wait(0.05)
+
+
+def fail() -> None:
+    raise Unavailable("away")
+
+
+def test_a_helper_thread_of_a_job_gives_no_place_back(office: Office, parent: UpqJob) -> None:
+    child = parent.enqueue_newjob("reverify")
+    helper = threading.Thread(target=child.finished.wait, args=(0.2,))
+    helper.start()
+    until(lambda: office.ends._waiting)
+    assert office.pool.sizes()["running"] == 1
+    helper.join(5)
+
+
+# Ends
+
+
+def test_many_that_wait_are_woken_by_one_end(office: Office) -> None:
+    id = office.store.submit()
+    heard: list[Any] = []
+    threads = [
+        threading.Thread(target=lambda: heard.append(office.ends.wait(id, 20))) for _ in range(20)
+    ]
+    for thread in threads:
+        thread.start()
+    until(lambda: len(office.ends._waiting.get(id, ())) == 20)
+    office.end(office.store.claim_one(), message="well")
+    for thread in threads:
+        thread.join(10)
+    assert [end.message for end in heard] == ["well"] * 20
+    assert office.ends._waiting == {}
+
+
+def test_a_wait_ends_when_nobody_listens_any_more(office: Office) -> None:
+    id = office.store.submit()
+    alive = [True, True]
+    assert office.ends.wait(id, 20, lambda: bool(alive and alive.pop())) is None
+    assert office.ends._waiting == {}
+
+
+def test_ends_that_nobody_waits_for_cost_nothing(office: Office) -> None:
+    office.ends.hear([Event(1, 1, 1, DONE, "", "", 1, "", "")])
+    assert office.ends._waiting == {}
+
+
+def test_an_end_by_another_daemon_is_seen_now_and_then(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("upq.desk.SHARED_LOOK_S", 0.05)
+    ends = Ends(office.store.views, shared=True)
+    id = office.store.submit()
+    ender = threading.Timer(0.1, lambda: office.end(office.store.claim_one()))
+    ender.start()
+    end = ends.wait(id, 10)
+    ender.join()
+    assert end is not None
+    assert end.state == DONE
