@@ -975,7 +975,7 @@ def test_a_job_that_kills_its_daemon_is_failed_the_third_time(fresh: Daemon) -> 
     fresh.add_job("poison", "def run(self):\n    note('poison')\n    import os\n    os._exit(1)")
     fresh.configure("[job poison]\nretries = 5\n[job other]")
     fresh.start()
-    id = fresh.submit("poison")
+    id = fresh.submit("poison @in:200ms")  # at once, it could die before its ACK is out
     for _ in range(3):
         fresh.until_ended()
         with contextlib.suppress(NotStarted):  # it may die before it has said that it is ready

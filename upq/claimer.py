@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -44,7 +45,9 @@ class Claimer:
         # True while the loop sleeps until it is woken.
         self._rests = False
         self._recoveries = 0
-        self._turn = 0
+        # When each lane was last given places.
+        self._turns: dict[int, int] = {}
+        self._ticks = itertools.count(1)
         self._looked_s = self._strays_s = 0.0
         self._stop = False
         #: No claims while drained; ends are still committed.
@@ -74,14 +77,13 @@ class Claimer:
         if self.drained or self._stop:
             return []
         booked = []
-        order = sorted(lanes)
         # Queues of one type take turns at its places.
-        self._turn = (self._turn + 1) % max(len(order), 1)
-        for lane_id in order[self._turn :] + order[: self._turn]:
+        for lane_id in sorted(lanes, key=lambda id: (self._turns.get(id, 0), id)):
             lane = self._queue.lanes.get(lane_id)
             pool = self.pools.get(lane.type) if lane else None
             if lane and pool and not self._hold(lane) and (room := pool.book()):
                 booked.append((lane_id, room))
+                self._turns[lane_id] = next(self._ticks)
         return booked
 
     def settle(self, queued: set[int], booked: list[tuple[int, int]], jobs: list[Job]) -> None:

@@ -211,6 +211,10 @@ class Runner:
                 # What follows needs ids from the database: the end waits in this thread for it.
                 log.warning("its end cannot be stored yet: %s", error)
                 time.sleep(AWAY_RETRY_S)
+            except Exception as error:
+                log.exception("its end cannot be stored")
+                outcome = Outcome(FAILED, f"its end cannot be stored: {one_line(error)}")
+                then = []
 
     def _say_end(self, job: Job, outcome: Outcome, took_s: float) -> None:
         """The one log line of an end, once it is on disk; in any thread."""

@@ -84,7 +84,8 @@ class Views:
         queries = [sa.select(*LISTED)]
         if state == BLOCKED:
             waiting = sa.select(*LISTED).where(job.c.state == QUEUED, job.c.lane.in_(held))
-            queries = [queries[0].where(job.c.state == BLOCKED), waiting]
+            # With no lane held the second would read all that is queued, and find nothing.
+            queries = [queries[0].where(job.c.state == BLOCKED), *([waiting] if held else [])]
         elif state is not None:
             queries[0] = queries[0].where(job.c.state == state)
             if state == QUEUED and held:
