@@ -117,7 +117,9 @@ class World:
 
     @property
     def env(self) -> dict[str, str]:
-        env = {name: text for name, text in os.environ.items() if not name.startswith("UPQ_")}
+        # Make's own, too: a reader's `make run` is not below the `make test` that runs this.
+        foreign = ("UPQ_", "MAKE", "MFLAGS", "ARGS")
+        env = {name: text for name, text in os.environ.items() if not name.startswith(foreign)}
         path = f"{self.folder}/bin:{self.folder}/.venv/bin:{os.environ['PATH']}"
         own = {"PATH": path, "HOME": str(self.folder), "PYTHONPATH": "", "COLUMNS": "200"}
         return {**env, **SECRETS, **own}
