@@ -143,18 +143,19 @@ class Claimer:
         """
         queue = self._queue
         self._give_back_stale()
+        unheard = False  # whether jobs may have been queued of which nobody has told us
         if queue.shared and self.ticked_s - self._looked_s >= POLL_S:
             # Other daemons queue jobs, pause queues, and may have died before they woke a job.
             self._looked_s = self.ticked_s
             queue.refresh()
-            queue.stage()
-            self._hot |= set(queue.lanes)
-        if queue.next_due is not None and queue.next_due <= when.now():
-            self._hot |= set(queue.stage())
+            unheard = True
         if self._may_have_strays():
-            # What was queued in a commit that only seemed to fail has told nobody, either.
+            # A commit that only seemed to fail has told nobody, either.
             queue.release_strays()
-            queue.stage()
+            unheard = True
+        if unheard or (queue.next_due is not None and queue.next_due <= when.now()):
+            self._hot |= set(queue.stage())
+        if unheard:
             self._hot |= set(queue.lanes)
         self._missed = False
         booked = self.book(set(self._hot))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import fcntl
 import hashlib
 import logging
 import os
@@ -22,11 +21,10 @@ from upq.claimer import Claimer
 from upq.clock import Clock
 from upq.command import CommandJob, Lifeline, end_orphans
 from upq.config import Settings
-from upq.db import Database
+from upq.db import Database, hold_file
 from upq.desk import Ends, JobDesk
 from upq.dispatcher import Dispatcher
 from upq.errors import (
-    AlreadyRunning,
     CannotCreate,
     Refused,
     RequestError,
@@ -72,6 +70,8 @@ class Daemon:
         self._wake_r, self._wake_w = os.pipe()
         os.set_blocking(self._wake_w, False)
         self.exit_status = 0
+        # When the watchdog's chore last woke the claimer.
+        self._woken_s = 0.0
         # Set for the next start to find that this one did not end well.
         self._keep_node = False
 
@@ -257,8 +257,6 @@ class Daemon:
         self._woken_s = time.monotonic()
         self._claimer.wake()
 
-    _woken_s = 0.0
-
     # Signals
 
     def run(self) -> None:
@@ -373,17 +371,11 @@ def machine_id() -> str:
 
 
 def lock(path: Path, refusal: str) -> int:
-    """Hold a lock file for life. Raises AlreadyRunning."""
+    """Hold a lock file for life. Raises AlreadyRunning or CannotCreate."""
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        return hold_file(str(path), refusal)
     except OSError as error:
         raise CannotCreate(f"{path}: {error.strerror}") from error
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(fd)
-        raise AlreadyRunning(refusal) from error
-    return fd
 
 
 def set_up_log(settings: Settings) -> None:

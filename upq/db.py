@@ -46,7 +46,6 @@ class Database:
         self.url = read_url(url)
         self.durable = durable
         self.kind = self.url.get_backend_name().replace("mariadb", "mysql")
-        self._jobs_file = jobs_file
         self._lock_fd: int | None = None
         try:
             self._engine = self._make(self.url, pool_size=1, by_key=True)
@@ -170,19 +169,14 @@ class Database:
     def _lock_file(self) -> None:
         """Hold `<file>.lock` for life: SQLite serves one daemon."""
         path = f"{self.file}.lock"
+        refusal = (
+            f"{self.file}: another upq daemon uses this database; SQLite serves one"
+            " (several daemons share a MariaDB or PostgreSQL database)"
+        )
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._lock_fd = hold_file(path, refusal)
         except OSError as error:
             raise DatabaseUnusable(f"{path}: {error.strerror}") from error
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(fd)
-            raise AlreadyRunning(
-                f"{self.file}: another upq daemon uses this database; SQLite serves one"
-                " (several daemons share a MariaDB or PostgreSQL database)"
-            ) from error
-        self._lock_fd = fd
 
     def _verify(self, connection: Connection) -> None:
         def ask(question: str) -> str:
@@ -270,7 +264,7 @@ class Database:
             raise Unavailable(one_line(getattr(error, "orig", None) or error)) from error
 
     def raw(self) -> Any:
-        """The writer's connection: pooled by nobody, given back by `Raw.close()`."""
+        """A connection for the writer, on which it runs the driver's own cursors."""
         return self._engine.raw_connection()
 
     def quick_check(self) -> str | None:
@@ -278,6 +272,17 @@ class Database:
         with self.read() as connection:
             found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
         return None if found == "ok" else str(found)
+
+
+def hold_file(path: str, refusal: str) -> int:
+    """Hold a lock file for life. Raises AlreadyRunning, or OSError when it cannot be opened."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        raise AlreadyRunning(refusal) from error
+    return fd
 
 
 def read_url(url: str) -> URL:

@@ -100,11 +100,10 @@ class Dispatcher:
 
     def submit_all(self, requests: Sequence[Request], peer: Peer) -> list[Ack | RequestError]:
         """Queue jobs, each for itself; returns in their order when they are safe on disk."""
-        answers: list[Ack | RequestError | None] = []
+        answers: list[Ack | RequestError] = []
+        places: list[tuple[int, str]] = []
         new: list[list[NewJob]] = []
-        messages: list[str] = []
-        asked: list[str] = []
-        for request in requests:
+        for place, request in enumerate(requests):
             try:
                 prepared = self._prepare(request, peer)
             except RequestError as error:
@@ -113,24 +112,18 @@ class Dispatcher:
             if isinstance(prepared, Ack):
                 answers.append(prepared)
                 continue
-            answers.append(None)
-            new.append([prepared[0]])
-            messages.append(prepared[1])
-            asked.append(request.verb)
-        stored = iter(zip(self._store(new), messages, asked, strict=True))
-        done: list[Ack | RequestError] = []
-        for answer in answers:
-            if answer is not None:
-                done.append(answer)
+            one, message = prepared
+            answers.append(Ack(0))  # until it has its id
+            places.append((place, message))
+            new.append([one])
+        for (place, message), (one,), stored in zip(places, new, self._store(new), strict=True):
+            if isinstance(stored, RequestError):
+                answers[place] = stored
                 continue
-            result, message, name = next(stored)
-            if isinstance(result, RequestError):
-                done.append(result)
-            else:
-                id, duplicate = result[0]
-                log.debug("(%s:%d) added to queue", name, id)
-                done.append(Ack(id, "duplicate" if duplicate else message, duplicate))
-        return done
+            id, duplicate = stored[0]
+            log.debug("(%s:%d) added to queue", one.type, id)
+            answers[place] = Ack(id, "duplicate" if duplicate else message, duplicate)
+        return answers
 
     def submit_many(self, requests: Sequence[Request], peer: Peer) -> list[Ack]:
         """Queue jobs in one transaction: all of them, or none and the first error."""
@@ -255,7 +248,7 @@ class Dispatcher:
             if name in self._verbs
         }
         types = {
-            name: {"params": [p for p in (kind.cfg.params.names if kind.cfg.params else ())]}
+            name: {"params": list(kind.cfg.params.names if kind.cfg.params else ())}
             for name, kind in self._types.by_name.items()
             if kind.cls is not None and name != NOTIFY
         }
@@ -275,7 +268,8 @@ class Dispatcher:
         self._must_read(peer)
         counts = dict.fromkeys(STATES, 0)
         trouble = self._queue.writer.trouble
-        for lane_id, lane in {} if trouble else self._views.counts().items():
+        by_lane = {} if trouble else self._views.counts()
+        for lane_id, lane in by_lane.items():
             known = self._queue.lanes.get(lane_id)
             held = self._types.hold(known) if known else ""
             for state, n in lane.items():
@@ -305,10 +299,7 @@ class Dispatcher:
                 "retried": self._queue.retried,
                 "truncated": self._queue.truncated,
             },
-            "oldest_queued_s": max(
-                (q["oldest_queued_s"] or 0 for q in ([] if trouble else self.list_queues())),
-                default=0,
-            ),
+            "oldest_queued_s": max(self._ages_s(by_lane).values(), default=0),
         }
 
     def _queues(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
@@ -318,8 +309,7 @@ class Dispatcher:
     def list_queues(self) -> list[dict[str, Any]]:
         counts = self._views.counts()
         lanes = sorted(self._queue.lanes.values(), key=lambda lane: (lane.queue, lane.type))
-        waiting = [lane.id for lane in lanes if counts.get(lane.id, {}).get(QUEUED)]
-        oldest, now = self._views.oldest(waiting), when.now()
+        ages_s = self._ages_s(counts)
         return [
             {
                 "queue": lane.queue,
@@ -331,12 +321,17 @@ class Dispatcher:
                 if (pool := self._claimer.pools.get(lane.type))
                 else 0,
                 "threads": pool.sizes()["threads"] if pool else 0,
-                "oldest_queued_s": (now - oldest[lane.id]) // 1_000_000
-                if lane.id in oldest
-                else None,
+                "oldest_queued_s": ages_s.get(lane.id),
             }
             for lane in lanes
         ]
+
+    def _ages_s(self, counts: dict[int, dict[str, int]]) -> dict[int, int]:
+        """For each lane where jobs can be claimed, how long the next one has waited."""
+        waiting = [lane for lane in counts if counts[lane].get(QUEUED)]
+        oldest = self._views.oldest(waiting) if waiting else {}
+        now = when.now()
+        return {lane: (now - at) // 1_000_000 for lane, at in oldest.items()}
 
     def list_jobs(self, queue: str, limit: int) -> list[dict[str, Any]]:
         """What runs and waits in a queue."""
@@ -481,14 +476,13 @@ class Dispatcher:
 
     # Rights
 
-    def _must_read(self, peer: Peer) -> None:
-        if not self.access.may_read(peer):
+    def _must_read(self, peer: Peer, submitter: str = "") -> None:
+        if not self.access.may_read(peer, submitter):
             raise Denied(f"{peer.name} may not read ([access] read)")
 
     def _readable(self, id: int, peer: Peer) -> dict[str, Any]:
         job = self._views.job(id)
-        if not self.access.may_read(peer, job["submitter"]):
-            raise Denied(f"{peer.name} may not read ([access] read)")
+        self._must_read(peer, job["submitter"])
         return job
 
     def _managed(self, id: int, peer: Peer, verb: str) -> dict[str, Any]:

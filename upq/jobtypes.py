@@ -23,14 +23,6 @@ from upq.queue import Lane
 
 log = logging.getLogger(__name__)
 
-#: How a notification is tried again where `[job notify]` does not say it: for about four days.
-NOTIFY_RETRIES = {
-    "retries": 100,
-    "retry_delay_s": 15.0,
-    "retry_backoff": 2.0,
-    "retry_max_s": 3600.0,
-}
-
 
 @dataclass(frozen=True)
 class JobType:

@@ -89,7 +89,7 @@ def follow(
     secret: names of params that are masked. jobcfg: the type's section, for notify jobs of one's
     own; settings that sound secret are masked. A notify job calls for nothing.
     """
-    if job.type == NOTIFY:
+    if job.type == NOTIFY or not targets:
         return []
     data = job.data if outcome.data is None else outcome.data
     hidden = secret_texts((job.params, data), secret)

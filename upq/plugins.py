@@ -27,7 +27,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from upq.errors import Broken, UpqError
-from upq.job import NewJob, Output
+from upq.job import Output
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -408,6 +408,3 @@ def blame(error: BaseException, file: Path) -> str:
 def follow_up(job: UpqJob) -> tuple[list[str], list[bool]]:
     """The steps still to come after this job, and the notifications it asked for itself."""
     return job._chain, job._notify_asked
-
-
-__all__ = ["Child", "Clipped", "Desk", "Loader", "NewJob", "UpqJob", "blame", "follow_up"]

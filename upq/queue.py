@@ -134,9 +134,7 @@ class Queue:
                          pid=os.getpid(), now=batch.now)  # fmt: skip
             return batch.tx.fetch(st.LANES)
 
-        self._know(
-            Lane(id, queue, type, bool(paused)) for id, queue, type, paused in self._act(enter)
-        )
+        self._know(read_lane(*row) for row in self._act(enter))
         self.stage()
 
     def close(self) -> None:
@@ -211,7 +209,7 @@ class Queue:
                 there = batch.tx.fetch(st.FIND_LANE, queue=queue, type=type)
                 batch.tx.run_rows(st.MAKE_TALLY, [(there[0][0], state, 0) for state in STATES])
                 log.info("created new queue '%s' for %s", queue, type)
-            return Lane(there[0][0], queue, type, bool(paused))
+            return read_lane(there[0][0], queue, type, paused)
 
         made: Lane
         try:
@@ -373,7 +371,7 @@ class Queue:
     def refresh(self) -> None:
         """Learn what other daemons on the same database have made and paused."""
         lanes = self._act(lambda batch: batch.tx.fetch(st.LANES))
-        self._know(Lane(id, queue, type, bool(paused)) for id, queue, type, paused in lanes)
+        self._know(read_lane(*row) for row in lanes)
 
     def stage(self) -> list[int]:
         """Make claimable what has become due, at most CHUNK a transaction. Returns its lanes."""
@@ -405,17 +403,19 @@ class Queue:
         """
 
         def run(batch: Batch) -> list[Job]:
-            nodes = {id: rest for id, *rest in batch.tx.fetch(st.NODES)}
+            nodes = nodes_of(batch)
             return [
                 one
                 for (owner,) in batch.tx.fetch(st.OWNERS)
-                if owner != self.owner and self._is_dead(owner, nodes)
+                if self._is_dead(owner, nodes)
                 for one in running_of(batch, owner)
             ]
 
         return list(self._act(run))
 
     def _is_dead(self, owner: str, nodes: dict[str, list[str]]) -> bool:
+        if owner == self.owner:
+            return False
         known = nodes.get(owner)
         return known is None or not self.shared or known == [self.node_name, self.machine]
 
@@ -486,9 +486,8 @@ class Queue:
 
     def dead_nodes(self) -> list[str]:
         """Earlier incarnations of this node that have not left in good order."""
-        nodes = self._act(lambda batch: batch.tx.fetch(st.NODES))
-        own = [self.node_name, self.machine]
-        return [id for id, *rest in nodes if id != self.owner and (rest == own or not self.shared)]
+        nodes = self._act(nodes_of)
+        return [id for id in nodes if self._is_dead(id, nodes)]
 
     def purge(self, state: str, before: int) -> int:
         """Delete at most CHUNK jobs of a final state that ended before a time, and their history.
@@ -512,6 +511,15 @@ class Queue:
             return len(ids)
 
         return int(self._act(run))
+
+
+def read_lane(id: int, queue: str, type: str, paused: int) -> Lane:
+    return Lane(id, queue, type, bool(paused))
+
+
+def nodes_of(batch: Batch) -> dict[str, list[str]]:
+    """The incarnations that are entered, with node and machine."""
+    return {id: place for id, *place in batch.tx.fetch(st.NODES)}
 
 
 def value_of(result: Any) -> Any:

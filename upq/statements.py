@@ -32,6 +32,14 @@ AT = {name: i for i, name in enumerate(SUBMITTED)}
 AS_NEW = {"attempt": 0, "starts": 0, "crashes": 0, "token": 0, "cancel_asked": 0}
 
 
+def big(name: str) -> sa.BindParameter[int]:
+    return sa.bindparam(name, None, type_=sa.BigInteger)
+
+
+def word(name: str) -> sa.BindParameter[str]:
+    return sa.bindparam(name, None, type_=sa.String)
+
+
 def insert_jobs(dialect: str) -> ClauseElement:
     r = rows(dialect, **SUBMITTED)
     columns = [*SUBMITTED, *AS_NEW]
@@ -39,22 +47,12 @@ def insert_jobs(dialect: str) -> ClauseElement:
     return sa.insert(job).from_select(columns, sa.select(*r.c, *fixed), include_defaults=False)
 
 
-def insert_events(dialect: str) -> ClauseElement:
-    columns = dict(n=int, job=int, lane=int, at=int, state=str, reason=str, message=str,
-                   attempt=int, node=str, who=str)  # fmt: skip
-    r = rows(dialect, **columns)
-    return sa.insert(event).from_select(list(columns), sa.select(*r.c), include_defaults=False)
+def insert_into(table: sa.Table[Any], **columns: type) -> Sql:
+    def build(dialect: str) -> ClauseElement:
+        chosen = sa.select(*rows(dialect, **columns).c)
+        return sa.insert(table).from_select(list(columns), chosen, include_defaults=False)
 
-
-def insert_outputs(dialect: str) -> ClauseElement:
-    columns = dict(job=int, attempt=int, text=str, size_bytes=int, truncated=int)
-    r = rows(dialect, **columns)
-    return sa.insert(output).from_select(list(columns), sa.select(*r.c), include_defaults=False)
-
-
-def insert_edges(dialect: str) -> ClauseElement:
-    r = rows(dialect, job=int, needs=int)
-    return sa.insert(edge).from_select(["job", "needs"], sa.select(*r.c), include_defaults=False)
+    return Sql(build)
 
 
 def change_tally(dialect: str) -> ClauseElement:
@@ -67,8 +65,8 @@ def change_tally(dialect: str) -> ClauseElement:
 
 
 def take_numbers(dialect: str) -> ClauseElement:
-    n = counter.c.n + sa.bindparam("k", None, type_=sa.BigInteger)
-    name = counter.c.name == sa.bindparam("name", None, type_=sa.String)
+    n = counter.c.n + big("k")
+    name = counter.c.name == word("name")
     if dialect == "mysql":
         return sa.update(counter).values(n=sa.func.last_insert_id(n)).where(name)
     return sa.update(counter).values(n=n).where(name).returning(counter.c.n)
@@ -83,9 +81,9 @@ CLAIMED = (job.c.id, job.c.lane, job.c.type, job.c.queue, job.c.params, job.c.da
 def pick_claimable(_: str) -> ClauseElement:
     return (
         sa.select(*CLAIMED)
-        .where(job.c.ready == sa.bindparam("lane", None, type_=sa.BigInteger))
+        .where(job.c.ready == big("lane"))
         .order_by(job.c.rank, job.c.ord, job.c.id)
-        .limit(sa.bindparam("free", None, type_=sa.Integer))
+        .limit(big("free"))
         .with_for_update(skip_locked=True)
     )
 
@@ -102,9 +100,9 @@ def start_jobs(dialect: str) -> ClauseElement:
                 job.c.attempt: job.c.attempt + 1,
                 job.c.starts: job.c.starts + 1,
                 job.c.token: r.c.token,
-                job.c.owner: sa.bindparam("owner", None, type_=sa.String),
-                job.c.lease_until: sa.bindparam("lease", None, type_=sa.BigInteger),
-                job.c.started_at: sa.bindparam("now", None, type_=sa.BigInteger),
+                job.c.owner: word("owner"),
+                job.c.lease_until: big("lease"),
+                job.c.started_at: big("now"),
             }
         )
         .where(job.c.id == r.c.id)
@@ -245,18 +243,13 @@ def delete_by(column: sa.Column[Any]) -> Callable[[str], ClauseElement]:
     return build
 
 
-def big(name: str) -> sa.BindParameter[int]:
-    return sa.bindparam(name, None, type_=sa.BigInteger)
-
-
-def word(name: str) -> sa.BindParameter[str]:
-    return sa.bindparam(name, None, type_=sa.String)
-
-
 INSERT_JOBS = Sql(insert_jobs)
-INSERT_EVENTS = Sql(insert_events)
-INSERT_OUTPUTS = Sql(insert_outputs)
-INSERT_EDGES = Sql(insert_edges)
+INSERT_EVENTS = insert_into(
+    event, n=int, job=int, lane=int, at=int, state=str, reason=str, message=str, attempt=int,
+    node=str, who=str,
+)  # fmt: skip
+INSERT_OUTPUTS = insert_into(output, job=int, attempt=int, text=str, size_bytes=int, truncated=int)
+INSERT_EDGES = insert_into(edge, job=int, needs=int)
 CHANGE_TALLY = Sql(change_tally)
 TAKE_NUMBERS = Sql(take_numbers)
 PICK_CLAIMABLE = Sql(pick_claimable)
@@ -364,13 +357,7 @@ PAUSED_QUEUE = Sql(sa.select(sa.func.max(lane.c.paused)).where(lane.c.queue == w
 PAUSE = Sql(sa.update(lane).values(paused=big("paused")).where(lane.c.queue == word("name")))
 
 
-def make_tally(dialect: str) -> ClauseElement:
-    columns: dict[str, type] = {"lane": int, "state": str, "n": int}
-    r = rows(dialect, **columns)
-    return sa.insert(tally).from_select(list(columns), sa.select(*r.c), include_defaults=False)
-
-
-MAKE_TALLY = Sql(make_tally)
+MAKE_TALLY = insert_into(tally, lane=int, state=str, n=int)
 
 DUE = Sql(
     sa.select(job.c.id, job.c.lane)

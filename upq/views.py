@@ -156,9 +156,10 @@ class Views:
     def _hidden(self, id: int) -> list[str]:
         """What the secret params of a job hold."""
         secret = self._secret()
+        if not secret:
+            return []
         rows = self._rows(sa.select(job.c.params, job.c.data).where(job.c.id == id))
-        datas = [json.loads(text) for row in rows for text in row if text]
-        return secret_texts(datas, secret) if secret else []
+        return secret_texts([json.loads(text) for row in rows for text in row if text], secret)
 
     def end(self, id: int) -> End | None:
         """How a job has ended; None while it has not. Raises NotFound."""

@@ -374,8 +374,7 @@ class Writer:
 
     def _is_passing(self, error: BaseException) -> bool:
         """A deadlock or a lock timeout: the same transaction may go through next time."""
-        code = getattr(error, "sqlstate", None) or (error.args[0] if error.args else None)
-        return code in ("40001", "40P01", "55P03", 1205, 1213, 1020)
+        return code_of(error) in ("40001", "40P01", "55P03", 1205, 1213, 1020)
 
     def _is_gone(self, error: Any) -> bool:
         if self._raw is None:
@@ -386,9 +385,8 @@ class Writer:
         """An error before the commit: the whole database's, or of one change's own making."""
         dbapi = self._database.dialect.loaded_dbapi
         own = (dbapi.DataError, dbapi.IntegrityError, dbapi.ProgrammingError)
-        code = getattr(error, "sqlite_errorcode", None) or (error.args[0] if error.args else None)
         gone = self._is_gone(error)
-        if (code in OWN_CODES or isinstance(error, own)) and not gone:
+        if (code_of(error) in OWN_CODES or isinstance(error, own)) and not gone:
             self._rollback()
             raise Replay(one_line(error)) from error
         answered = self._raw is not None
@@ -432,3 +430,9 @@ class Writer:
         if self._raw is not None:
             self._raw.close()
             self._raw = None
+
+
+def code_of(error: BaseException) -> Any:
+    """What the driver calls the error: psycopg's sqlstate, sqlite3's or pymysql's number."""
+    first = error.args[0] if error.args else None
+    return getattr(error, "sqlstate", None) or getattr(error, "sqlite_errorcode", None) or first
