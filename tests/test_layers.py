@@ -27,6 +27,7 @@ FLOORS = (
     "claimer",
     "desk",
     "dispatcher",
+    "lobby",
     "server",
     "daemon",
     "launch",

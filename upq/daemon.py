@@ -33,6 +33,7 @@ from upq.errors import (
 from upq.events import Bus
 from upq.job import CANCELLED, DONE, EXPIRED, FAILED
 from upq.jobtypes import JobTypes
+from upq.lobby import Lobby
 from upq.pool import Pool
 from upq.queue import BEAT_S, Queue
 from upq.runner import Runner
@@ -95,6 +96,7 @@ class Daemon:
         self._start_role("chores", self._tick)
         if self._database.kind == "postgresql":
             self._start_role("hangs", self._watch_for_hangs)
+        self._lobby.start()
         for door in self._doors:
             door.start()
         for kind in self._types.broken():
@@ -204,7 +206,8 @@ class Daemon:
             found.append(bind_unix(Path(self.socket_path), self.settings.paths.socket_chmod))
         if listen.tcp is not None:
             found.append(bind_tcp(listen.tcp.host, listen.tcp.port))
-        self._doors = [Door(sock, self._dispatcher, listen, place) for sock, place in found]
+        self._lobby = Lobby(self._dispatcher)
+        self._doors = [Door(sock, self._lobby, listen, place) for sock, place in found]
 
     # The daemon's own threads
 

@@ -98,12 +98,19 @@ class Dispatcher:
 
     # Submits
 
-    def submit_all(self, requests: Sequence[Request], peer: Peer) -> list[Ack | RequestError]:
+    def is_quick(self, request: Request) -> bool:
+        """Whether it is a submit that runs no code of a job's own and waits for the commit only."""
+        if request.kind != protocol.SUBMIT:
+            return False
+        kind = self._types.by_name.get(request.verb)
+        return kind is None or kind.cls is None or (kind.cls.queued and not kind.checks)
+
+    def submit_all(self, asked: Sequence[tuple[Request, Peer]]) -> list[Ack | RequestError]:
         """Queue jobs, each for itself; returns in their order when they are safe on disk."""
         answers: list[Ack | RequestError] = []
         places: list[tuple[int, str]] = []
         new: list[list[NewJob]] = []
-        for place, request in enumerate(requests):
+        for place, (request, peer) in enumerate(asked):
             try:
                 prepared = self._prepare(request, peer)
             except RequestError as error:
