@@ -22,8 +22,33 @@ log = logging.getLogger(__name__)
 
 Step = Callable[[Operations], None]
 
-#: The step that leads to each version; version 1 was the first.
-STEPS: dict[int, Step] = {}
+
+def index_only_keys(op: Operations) -> None:
+    """Version 2: jobs without a key no longer stand in the indexes of keys."""
+    for column in ("idem_key", "child_key"):
+        name = f"upq_job_{column}"
+        if op.get_bind().dialect.name not in ("mysql", "mariadb"):  # they have no such indexes
+            op.drop_index(name, "upq_job")
+            only = sa.text(f"{column} IS NOT NULL")
+            op.create_index(
+                name, "upq_job", [column], unique=True, sqlite_where=only, postgresql_where=only
+            )
+
+
+def add_limits(op: Operations) -> None:
+    """Version 3: unique jobs, jobs that take turns, rates, schedules, how a type fares."""
+    for name in ("uniq_key", "uniq_until", "serial_key"):
+        if not has_column(op, "upq_job", name):
+            op.add_column("upq_job", sa.Column(name, schema.job.c[name].type))
+    for index in sorted(schema.job.indexes, key=lambda index: str(index.name)):
+        if not has_index(op, "upq_job", str(index.name)):
+            index.create(op.get_bind())
+    schema.meta.create_all(op.get_bind(), [schema.limit, schema.slot, schema.health])
+
+
+#: The step that leads to each version; version 1 was the first. A step may use `schema` only for
+#: what no later version changes.
+STEPS: dict[int, Step] = {2: index_only_keys, 3: add_limits}
 
 
 def upgrade(connection: Connection, found: int) -> None:

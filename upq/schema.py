@@ -23,7 +23,7 @@ from sqlalchemy.dialects.mysql import LONGTEXT
 from sqlalchemy.schema import SchemaItem
 
 #: Raised with each step of `upq.migrations`.
-VERSION = 1
+VERSION = 3
 
 #: What MySQL has in place of MariaDB's collation.
 MYSQL_COLLATION = "utf8mb4_0900_bin"
@@ -102,6 +102,13 @@ job = table(
     Column("lease_until", Big),
     Column("cancel_asked", SmallInteger, nullable=False),
     Column("idem_key", String(64)),
+    # Set while another job with the same key is refused: see `unique`; until when it stays set
+    # after the end.
+    Column("uniq_key", String(64)),
+    Column("uniq_until", Big),
+    # Jobs of one key take turns, in the order of their ids: only the first is ever `ready`. NULL
+    # once the turn is over.
+    Column("serial_key", String(64)),
     Column("waits", Integer, nullable=False),
     Column("parent", Big),
     Column("root", Big, nullable=False),
@@ -116,19 +123,25 @@ job = table(
 )
 
 
-def partial(name: str, *columns: str) -> None:
+def partial(name: str, *columns: str, unique: bool = False) -> None:
     """An index over the rows whose first column is not NULL; MariaDB keeps the others too."""
     only = job.c[columns[0]].is_not(None)
-    Index(name, *(job.c[c] for c in columns), sqlite_where=only, postgresql_where=only)
+    Index(
+        name, *(job.c[c] for c in columns), unique=unique,
+        sqlite_where=only, postgresql_where=only,
+    )  # fmt: skip
 
 
 partial("upq_job_ready", "ready", "rank", "ord", "id")
 partial("upq_job_due", "due_at")
+partial("upq_job_expires", "expires_at")
+partial("upq_job_serial", "serial_key", "id")
 partial("upq_job_parent", "parent")
 Index("upq_job_state", job.c.state, job.c.ended_at, job.c.id)
 Index("upq_job_type", job.c.type, job.c.id)
-Index("upq_job_idem_key", job.c.idem_key, unique=True)
-Index("upq_job_child_key", job.c.child_key, unique=True)
+partial("upq_job_idem_key", "idem_key", unique=True)
+partial("upq_job_child_key", "child_key", unique=True)
+partial("upq_job_uniq_key", "uniq_key", unique=True)
 
 #: Every change of state and every attempt, numbered in the order of the commits.
 event = table(
@@ -162,6 +175,35 @@ edge = table(
     Column("job", Big, primary_key=True, autoincrement=False),
     Column("needs", Big, primary_key=True, autoincrement=False),
     Index("upq_edge_needs", "needs"),
+)
+
+#: Rates: when the next start of what the name stands for is due.
+limit = table(
+    "limit",
+    Column("name", String(64), primary_key=True),
+    Column("at", Big, nullable=False),
+)
+
+#: Times at which a schedule has fired, or has been passed over; `job` is NULL then.
+slot = table(
+    "slot",
+    Column("schedule", String(255), primary_key=True),
+    Column("at", Big, primary_key=True, autoincrement=False),
+    Column("job", Big),
+)
+
+#: How a job type has fared lately, for those that are told only of every so many failures.
+health = table(
+    "health",
+    Column("type", String(64), primary_key=True),
+    # Failures in a row, when the first of them was, and those nobody was told of.
+    Column("failures", Integer, nullable=False),
+    Column("failing_since", Big),
+    Column("untold", Integer, nullable=False),
+    Column("told_at", Big),
+    Column("done_at", Big),
+    # One word for a group of failures, in all that is told of it.
+    Column("thread", String(64), nullable=False),
 )
 
 #: One row for each start of a daemon; `id` is its incarnation.
