@@ -129,11 +129,18 @@ def test_a_refusal_goes_to_stderr_and_is_1(server: LineServer, run: Cli) -> None
 
 @pytest.mark.parametrize(
     "words",
-    [(), ("",), (" ",), ("a\nb",), ("--nonsense", "x"), ("--timeout", "soon", "x"), ("a\nb", "c")],
+    [("",), (" ",), ("a\nb",), ("--nonsense", "x"), ("--timeout", "soon", "x"), ("a\nb", "c")],
 )
 def test_wrong_usage_is_2(run: Cli, words: tuple[str, ...]) -> None:
     done = run(*words)
     assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("usage: upq-cli ")
+    assert '"<jobname>( param:value)*"' in done.stderr
+
+
+def test_without_arguments_there_is_the_usage_and_1(run: Cli) -> None:
+    done = run()
+    assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("usage: upq-cli ")
     assert '"<jobname>( param:value)*"' in done.stderr
 
@@ -353,6 +360,19 @@ def test_queues_show_why_they_stand_still(server: LineServer, run: Cli) -> None:
     queue = {"queue": "hash", "type": "hash", "queued": 3, "oldest_queued_s": 12, "paused": True}
     answers(server, {"queues": [queue | {"reason": "queue hash is paused"}]})
     assert run("queues").stdout == "hash\thash\t3\t\t\t\t\t\t\t\t12\tqueue hash is paused\n"
+
+
+def test_a_duration_has_units_on_a_terminal_and_is_seconds_in_a_pipe(
+    server: LineServer, run: Cli
+) -> None:
+    run.env["NO_COLOR"] = "1"
+    answers(server, {"state": "running", "uptime_s": 5400, "jobs": {"queued": 3}})
+    assert "uptime  1h30m\n" in run.on_terminal("status")
+    assert "uptime_s\t5400\n" in run("status").stdout
+    answers(server, {"queues": [{"queue": "hash", "type": "hash", "oldest_queued_s": 90}]})
+    assert run.on_terminal("queues").split() == ["QUEUE", "TYPE", "OLDEST_QUEUED",
+                                                 "hash", "hash", "1m30s"]  # fmt: skip
+    assert "\t90\t" in run("queues").stdout
 
 
 def test_output_is_printed_as_it_is_but_not_to_a_terminal(server: LineServer, run: Cli) -> None:

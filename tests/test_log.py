@@ -196,6 +196,18 @@ def test_bad_formats_are_told(text: str, fault: str) -> None:
     assert fault in (log.check_format(text) or "")
 
 
+def test_statements_are_logged_on_one_line_when_asked_for(file: Path) -> None:
+    log.setup(logfile=file)
+    log.statement("SELECT 1")
+    log.setup("debug", logfile=file)
+    log.statement("SELECT 2")
+    log.setup("warning", logfile=file, statements=True)
+    log.statement("SELECT 3\nFROM  job")
+    logging.getLogger("test").info("not this")
+    (line,) = file.read_text().splitlines()
+    assert line.endswith(" DEBUG   SELECT 3 FROM job")
+
+
 # Where lines go.
 
 

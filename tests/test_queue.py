@@ -20,7 +20,7 @@ from tests import stores
 from tests.store_bench import claims_past, crowd
 from tests.stores import Store
 from upq import schema, statements, when, writer
-from upq.batch import LEASE_S
+from upq.batch import LEASE_S, Claim
 from upq.errors import KeyConflict, NotFound, Unavailable, WrongState
 from upq.job import (
     BLOCKED,
@@ -835,6 +835,21 @@ def test_strays_are_claims_that_nobody_heard_of(store: Store) -> None:
     assert (again.id, again.crashes, again.attempt) == (stray.id, 0, 1)
     assert end(store, known)
     assert store.queue.release_strays() == []
+
+
+def test_what_the_same_transaction_has_claimed_is_no_stray(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [store.submit() for _ in range(2)]
+    stray = store.claim_one()
+    store.queue._held.remove(stray.token)
+    run, claim = store.queue.writer.run, Claim([(stray.lane, 1)])
+    monkeypatch.setattr(store.queue.writer, "run", lambda acts: run([claim, *acts])[1:])
+    assert store.queue.release_strays() == [stray.lane]  # and not that of the claim, too
+    monkeypatch.undo()
+    assert [store.row(id).state for id in ids] == [QUEUED, RUNNING]
+    assert store.queue.release_strays() == []
+    assert tallied(store) == counted(store)
 
 
 def test_a_posted_end_is_no_stray(store: Store) -> None:

@@ -11,6 +11,7 @@ from tests.stores import Store
 from upq import UpqJob, config, when
 from upq.job import CANCELLED, DONE, FAILED, QUEUED, RESULT_LIMIT_BYTES, Job
 from upq.jobtypes import JobTypes
+from upq.plugins import MESSAGE_LIMIT
 from upq.runner import Runner
 
 
@@ -186,6 +187,43 @@ def test_jobdata_that_is_no_dict_any_more_is_not_kept(shop: Shop, value: str) ->
     assert shop.store.claim_one("work").data == {"fid": 1}
 
 
+def test_jobdata_over_its_limit_fails_the_job_and_starts_nothing_after_it(shop: Shop) -> None:
+    shop.offer("after")
+    shop.offer(run="self.msg('so:')\nself.jobdata['x'] = 'x' * self.jobdata['n']", subjobs="after")
+    rest = len('{"n":1000000,"x":""}')
+    seen = shop.run(params={"n": RESULT_LIMIT_BYTES - rest})
+    assert (seen["state"], len(shop.store.views.children(seen["id"]))) == (DONE, 1)
+    assert len(seen["jobdata"]["x"]) == RESULT_LIMIT_BYTES - rest
+    over = {"n": RESULT_LIMIT_BYTES - rest + 1}
+    seen = Shop.run(shop, params=over)
+    told = f"so: jobdata has {RESULT_LIMIT_BYTES + 1} bytes, more than {RESULT_LIMIT_BYTES}"
+    assert (seen["state"], seen["message"], seen["jobdata"]) == (FAILED, told, over)
+    assert shop.store.views.children(seen["id"]) == []
+
+
+def test_an_attempt_that_fails_with_too_much_jobdata_says_so_and_the_next_has_the_old(
+    shop: Shop,
+) -> None:
+    shop.offer(run="self.jobdata['x'] = 'x' * (1 << 20)\nreturn False", retries="1")
+    seen = shop.run(params={"fid": 1})
+    assert (seen["state"], seen["jobdata"]) == (QUEUED, {"fid": 1})
+    assert "jobdata has 1048" in seen["message"]
+
+
+def test_params_as_long_as_a_line_allows_are_no_fault_of_a_job_that_leaves_them(shop: Shop) -> None:
+    shop.offer(run="return len(self.jobdata['text'])")
+    seen = shop.run(params={"text": "ä" * (1 << 19)})
+    assert (seen["state"], seen["result"]) == (DONE, 1 << 19)
+
+
+@pytest.mark.parametrize(
+    "run", ["self.msgstr = 'x' * (3 << 20)", "raise ValueError('x' * (3 << 20))"]
+)
+def test_a_message_has_its_limit_however_it_was_made(shop: Shop, run: str) -> None:
+    shop.offer(run=run)
+    assert len(shop.run()["message"]) == MESSAGE_LIMIT
+
+
 def test_jobdata_reaches_the_next_attempt_and_params_stay(shop: Shop) -> None:
     shop.offer(run="self.jobdata['seen'] = [1]\nraise Retry('again', after=0)", retries="5")
     runner, claimed = shop.open(), shop.claimed(params={"fid": [1]})
@@ -354,6 +392,19 @@ def test_a_failed_attempt_with_another_to_come_calls_for_nothing(shop: Shop) -> 
     shop.offer(run="return False", retries="1", notify_fail="syslog")
     assert shop.run()["state"] == QUEUED
     assert shop.store.claim(9, "notify") == []
+
+
+@pytest.mark.parametrize("end", ["return False", "raise ValueError('x')", "raise SystemExit(1)"])
+def test_each_way_to_fail_tells_those_who_want_to_know(shop: Shop, end: str) -> None:
+    shop.offer("notify")
+    shop.offer(
+        run=end, notify_fail="syslog mail:a@example.org", notify_success="mail:b@example.org"
+    )
+    seen = shop.run()
+    told = shop.store.claim(9, "notify")
+    assert {one.params["target"] for one in told} == {"syslog", "mail:a@example.org"}
+    assert {one.params["job"]["jobid"] for one in told} == {seen["id"]}
+    assert {one.params["job"]["msgstr"] for one in told} == {seen["message"]}
 
 
 def test_an_end_is_kept_while_what_follows_cannot_be_numbered(

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import pytest
 
 from tests.conftest import GIVEN, note_database, unavailable
 from tests.daemons import PATIENCE_S, ROOT, Daemon, NotStarted, Talk, acting_as, until
-from tests.servers import Server, short_folder
+from tests.servers import PrivateServer, Server, short_folder
 from upq import when
 
 # The jobs --------------------------------------------------------------------------------------
@@ -635,6 +636,26 @@ def test_the_list_of_the_run_wins_over_the_lists_of_its_steps(trip: Daemon) -> N
     assert [line.split()[0] for line in trip.ledger] == ["first", "third"]
 
 
+def test_a_new_file_goes_through_the_chain_of_the_first_upq(lone: Daemon) -> None:
+    for name in ("new_file", "hash", "catalogue"):
+        shutil.copy(ROOT / f"jobs/{name}.py", lone.folder / "jobs")
+    steps = ["extract_metadata", "createtorrent", "upload", "sf_sync"]
+    for name in steps:
+        lone.add_job(name, f"def run(self):\n    note('{name}', self.jobdata['fid'])")
+    sections = "".join(f"[job {name}]\n" for name in ("hash", *steps))
+    chain = "extract_metadata hash createtorrent upload sf_sync"
+    lone.configure(f"[job new_file]\nsubjobs = {chain}\n{sections}")
+    lone.start()
+    job = lone.run(f"new_file file:{lone.config}")
+    lone.until_noted("sf_sync 1")
+    assert lone.ledger == [f"{name} 1" for name in steps]
+    types = []
+    while children := lone.ask(f"show {job['id']}")["children"]:
+        (job,) = children
+        types.append(job["type"])
+    assert types == chain.split()
+
+
 # Parents ---------------------------------------------------------------------------------------
 
 
@@ -1132,6 +1153,39 @@ def test_jobs_of_a_type_that_is_gone_wait_and_stop_nobody(fresh: Daemon) -> None
     fresh.ask("resume echo")
     fresh.ask("resume first")
     assert fresh.wait(gone)["state"] == fresh.wait(disabled)["state"] == "done"
+
+
+# A database that hangs ---------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(90)
+@pytest.mark.parametrize("kind", ["mariadb", "postgres"])
+def test_while_the_database_hangs_every_question_is_answered_in_time(
+    short_tmp: Path, request: pytest.FixtureRequest, kind: str
+) -> None:
+    server: PrivateServer = request.getfixturevalue(kind)
+
+    def timed(line: str) -> tuple[str, float]:
+        began_s = time.monotonic()
+        return daemon.say(line), time.monotonic() - began_s
+
+    with server.database() as url, Daemon(short_tmp, "[job echo]", url, **JOBS) as daemon:
+        daemon.forgiven = ["cannot be written to"]
+        id = daemon.run("echo")["id"]
+        lines = ["status", "queues", "jobs", "nodes", f"show {id}", f"why {id}", f"output {id}"]
+        with ThreadPoolExecutor(len(lines)) as pool:
+            assert not any("unavailable" in reply for reply, _ in pool.map(timed, lines))
+            server.pause()
+            try:
+                for reply, took_s in pool.map(timed, lines):
+                    assert reply.startswith("ERR unavailable the database cannot be read: ")
+                    assert took_s <= 12
+            finally:
+                server.resume()
+            for reply, took_s in pool.map(timed, lines):
+                assert not reply.startswith("ERR unavailable ")
+                assert took_s < 2
+        until(lambda: daemon.say("echo").startswith("ACK "), 5)
 
 
 # Plugins ---------------------------------------------------------------------------------------

@@ -301,6 +301,7 @@ def test_nothing_that_is_asked_often_reads_the_whole_table(store: Store) -> None
         "ahead": lambda: views.ahead(ready[-1], store.queue.lane("hash", "hash").id),
         "counts": views.counts,
         "oldest": lambda: views.oldest(lanes),
+        "delayed": lambda: views.oldest_delayed(paused),
         "nodes": views.nodes,
     }
     slow = {name: ms for name, act in asked.items() if (ms := least_ms(act)) > 12}

@@ -141,8 +141,9 @@ class Batch:
         self.due: int | None = None
         #: True when no job outside this batch becomes due before.
         self.due_is_all = False
-        #: Tokens of the claims made and ended here.
+        #: Tokens of the claims made and ended here, and how many jobs were never claimed before.
         self.taken: list[int] = []
+        self.first_starts = 0
         self.ended: list[int] = []
         #: Ends refused because another claim owns the job; for the others see `Queue`.
         self.fenced = self.given_back = self.retried = self.truncated = 0
@@ -339,6 +340,8 @@ class Batch:
         self.tx.run_rows(st.START_JOBS, claimed, owner=self._home.owner, lease=lease, now=self.now)
         events, now, node = self.events, self.now, self.node
         for row in picked:
+            if not row[10]:
+                self.first_starts += 1
             events.append(Event(row[0], row[1], now, RUNNING, "", "", row[9] + 1, node, ""))
         for lane_id, n in Counter(row[1] for row in picked).items():
             self.tally[lane_id, QUEUED] -= n

@@ -36,7 +36,7 @@ file), $UPQ_SOCKET, ./upq.cfg, ~/.config/upq/upq.cfg, /etc/upq/upq.cfg.
 
 exit status:
   0  accepted; with --wait and `wait`: done
-  1  refused, failed, or not done in time; of many lines, any of them
+  1  refused, failed, or not done in time; of many lines, any of them; nothing to send
   2  wrong usage or no connection
 """
 
@@ -48,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     end = given.index("--") if "--" in given else len(given)
     args = parser.parse_intermixed_args(given[:end])
     words = args.words + given[end + 1 :]
+    if not words:  # as the first upq-cli did
+        parser.print_usage(sys.stderr)
+        return REFUSED
     line = words[0] if len(words) == 1 else wire.join(words or [""])
     if not line.strip() or "\n" in line:
         parser.error("one line is needed; - reads many")
@@ -90,6 +93,12 @@ def _duration(text: str) -> float:
     from upq import when  # noqa: PLC0415, few calls need it
 
     return when.duration(text)
+
+
+def _short(seconds: float) -> str:
+    from upq import when  # noqa: PLC0415, only terminals need it
+
+    return when.format_duration(seconds)
 
 
 class _Call:
@@ -295,7 +304,9 @@ class _Screen:
                 self._table(_COLUMNS.get(key) or [*value[0]], value)
 
     def _block(self, prefix: str, fields: Mapping[str, Any]) -> None:
-        cells = {f"{prefix}{key}": self._cell(key, value) for key, value in fields.items()}
+        cells = {
+            f"{prefix}{self._title(key)}": self._cell(key, value) for key, value in fields.items()
+        }
         width = max(map(len, cells), default=0)
         for key, cell in cells.items():
             if cell and self.is_terminal:
@@ -308,7 +319,7 @@ class _Screen:
         if not self.is_terminal:
             print(*("\t".join(row) for row in cells), sep="\n")
             return
-        titles = [key.removesuffix("_at").upper() for key in keys]
+        titles = [self._title(key).removesuffix("_at").upper() for key in keys]
         columns = [column for column in zip(titles, *cells, strict=True) if any(column[1:])]
         widths = [max(map(len, column)) for column in columns]
         too_wide = sum(widths) + len("  ") * (len(widths) - 1) - _terminal_width()
@@ -321,6 +332,10 @@ class _Screen:
             fitted = [_fit(cell, width) for cell, width in zip(line, widths, strict=True)]
             print("  ".join(self._painted(cell) for cell in fitted).rstrip())
 
+    def _title(self, key: str) -> str:
+        """A field's name; durations say their units themselves on a terminal."""
+        return key.removesuffix("_s") if self.is_terminal else key
+
     def _cell(self, key: str, value: Any) -> str:
         """One value on one line."""
         if value is None or value in ("", [], {}):
@@ -329,6 +344,8 @@ class _Screen:
             return "yes" if value else "no"
         if key in ("params", "jobdata") and isinstance(value, dict):
             return wire.one_line(_words(value))
+        if self.is_terminal and key.endswith("_s") and isinstance(value, int | float):
+            return _short(value)
         if not isinstance(value, str):
             return _json(value)
         if self.is_terminal and (key == "at" or key.endswith("_at")):

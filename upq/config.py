@@ -112,9 +112,6 @@ class Daemon:
     gid: int | None = setting(GROUP, "", "Run as this group; empty: the one that starts it.")
     chroot_directory: str = setting(PATH, "", "Lock the daemon into this folder; empty: no.")
     grace_s: float = setting(DURATION, "20s", "Running jobs have this long to end at a stop.")
-    max_abandoned: int = setting(
-        number(0), "10", "Restart once more threads than this hang in jobs that are past saving."
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +149,9 @@ class Db:
         " empty: `upq.db` in `state_dir`.",
         secret=True,
     )
-    debug: bool = setting(YES_NO, "no", "Log every statement.")
+    debug: bool = setting(
+        YES_NO, "no", "Log every statement of SQL, whatever `loglevel` says; not the values in it."
+    )
     durability: str = setting(
         one_of("full", "relaxed"),
         "full",
@@ -163,11 +162,6 @@ class Db:
     keep_failed_s: float = setting(
         DURATION, "90d", "The same for jobs that failed, were cancelled or expired."
     )
-
-    @property
-    def shown_url(self) -> str:
-        """The URL without its password."""
-        return re.sub(r"(://[^:/@]*:).*(?=@)|(passw\w*=)[^&]*", r"\1\2***", self.url)
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +234,7 @@ class JobSettings:
     subjobs: tuple[str, ...] = setting(
         NAMES, "", "Job types that follow one after another on success, with the same parameters."
     )
-    timeout_s: float = setting(DURATION, "0", "A job that runs longer fails; 0: no limit.")
+    timeout_s: float = setting(DURATION, "0", "A command that runs longer fails; 0: no limit.")
     retries: int = setting(number(0, 9999), "0", "Further attempts after a failure.")
     retry_delay_s: float = setting(DURATION, "10s", "Wait before the first further attempt.")
     retry_backoff: float = setting(FACTOR, "2", "Each wait is so many times the one before.")
@@ -307,6 +301,7 @@ SECTIONS: dict[str, Any] = {
 #: What later versions bring: refused clearly rather than ignored. "" holds sections.
 LATER = {
     "": ("http", "pool", "schedule", "autoscale", "tokens"),
+    "daemon": ("max_abandoned",),
     "listen": ("tls", "tokens"),
     "node": ("pools",),
     "job": (
@@ -544,7 +539,7 @@ INTRODUCTION = """\
 
 `upq.cfg` is an ini file: `[section]`, `key = value`, comments on lines of their own that begin
 with `#` or `;`, an indented line goes on with the value above. `upq.py --check` tells every fault
-with file and line.
+with file and line; `upq.py --settings` prints all settings, one a line.
 
 * An empty value means the default.
 * Relative paths start at the folder of the file. `upq.d/*.cfg` beside it is read, too.
@@ -573,7 +568,7 @@ def reference() -> str:
 
 
 def describe() -> str:
-    """Every setting on one line, for a terminal."""
+    """Every setting on one line, as `upq --settings` prints them."""
     return "\n".join(
         f"[{name}] {key} = {each.default}  ({each.kind.name}) {each.meaning}"
         for name, section in (*SECTIONS.items(), ("job", JobSettings))

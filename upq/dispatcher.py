@@ -22,14 +22,26 @@ from upq.errors import (
     RequestError,
     Stopping,
     TimedOut,
+    TooLong,
     UnknownCommand,
 )
-from upq.job import BLOCKED, CANCELLED, FINAL, QUEUED, RUNNING, STATES, Accepted, NewJob
+from upq.job import (
+    BLOCKED,
+    CANCELLED,
+    FINAL,
+    QUEUED,
+    RESULT_LIMIT_BYTES,
+    RUNNING,
+    STATES,
+    Accepted,
+    NewJob,
+)
 from upq.jobtypes import JobType, JobTypes
 from upq.notify import NOTIFY, mask
 from upq.plugins import Desk
 from upq.protocol import Options, Request
 from upq.queue import Queue
+from upq.record import encode
 from upq.views import Views
 from upq.wire import Ack
 
@@ -159,6 +171,9 @@ class Dispatcher:
         kind = self._types.get(new.type)
         kind.runnable()
         new.params = kind.accept(new.params)
+        size = len(encode(new.params))
+        if size > RESULT_LIMIT_BYTES:
+            raise TooLong(f"the params have {size} bytes, more than {RESULT_LIMIT_BYTES}")
         new.priority = kind.cfg.priority
         if kind.checks:
             self._ask(kind, new.params)
@@ -296,6 +311,8 @@ class Dispatcher:
             "counters": {
                 "acks": self._counters["acks"],
                 "errs": self._counters["errs"],
+                "started": self._queue.started,
+                "started_again": self._queue.started_again,
                 "commits": self._queue.writer.commits,
                 "db_retries": self._queue.writer.retried,
                 "db_recoveries": self._queue.writer.recoveries,
@@ -304,9 +321,12 @@ class Dispatcher:
                 "interrupted": self._queue.interrupted,
                 "crashed": self._queue.crashed,
                 "retried": self._queue.retried,
+                "released": self._queue.released,
+                "asked_again": self._queue.asked_again,
                 "truncated": self._queue.truncated,
             },
             "oldest_queued_s": max(self._ages_s(by_lane).values(), default=0),
+            **self._outbox(by_lane),
         }
 
     def _queues(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
@@ -339,6 +359,18 @@ class Dispatcher:
         oldest = self._views.oldest(waiting) if waiting else {}
         now = when.now()
         return {lane: (now - at) // 1_000_000 for lane, at in oldest.items()}
+
+    def _outbox(self, by_lane: dict[int, dict[str, int]]) -> dict[str, int]:
+        """How many notifications are not delivered yet, and for how long the oldest is not."""
+        lane = self._queue.known_lane(NOTIFY, NOTIFY)
+        counts = by_lane.get(lane.id, {}) if lane else {}
+        lag_s = 0
+        if lane and counts.get(QUEUED):
+            lag_s = self._ages_s({lane.id: counts}).get(lane.id, 0)
+            delayed = self._views.oldest_delayed(lane.id)
+            if delayed is not None:
+                lag_s = max(lag_s, (when.now() - delayed) // 1_000_000)
+        return {"outbox": counts.get(QUEUED, 0) + counts.get(RUNNING, 0), "outbox_lag_s": lag_s}
 
     def list_jobs(self, queue: str, limit: int) -> list[dict[str, Any]]:
         """What runs and waits in a queue."""
@@ -404,17 +436,18 @@ class Dispatcher:
                 "message": prepared.message,
             }
         new, message = prepared
-        lane = self._queue.lane(new.type, new.type)
+        queue = new.queue or new.type
+        lane = self._queue.known_lane(queue, new.type)
         return {
             "accepted": True,
             "type": new.type,
-            "queue": lane.queue,
+            "queue": queue,
             "params": mask(new.params, self._types.secret),
             "priority": new.priority,
             "run_at": when.iso(new.run_at) if new.run_at is not None else None,
             "message": message,
-            "ahead": self._views.counts().get(lane.id, {}).get(QUEUED, 0),
-            "reason": self._types.hold(lane),
+            "ahead": self._views.counts().get(lane.id, {}).get(QUEUED, 0) if lane else 0,
+            "reason": self._types.hold(lane) if lane else "",
         }
 
     def _why(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:

@@ -29,7 +29,7 @@ FINAL = frozenset((DONE, FAILED, CANCELLED, EXPIRED))
 #: Names for `@priority:`; larger goes first.
 PRIORITIES = {"high": 10, "default": 0, "low": -10}
 
-#: Bytes of JSON that a stored result may have.
+#: Bytes of JSON that a stored result, jobdata that a job has changed, or a child's params may have.
 RESULT_LIMIT_BYTES = 1 << 20
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import grp
 import ipaddress
-import logging
 import os
 import pwd
 import re
@@ -96,8 +95,8 @@ def _factor(text: str) -> float:
 
 
 def _log_format(text: str) -> str:
-    if text != log.JSON:
-        logging.Formatter(text)
+    if fault := log.check_format(text):
+        raise ValueError(fault)
     return text
 
 

@@ -33,13 +33,15 @@ def parser() -> argparse.ArgumentParser:
         prog="upq",
         description="Run the upq job dispatcher.",
         epilog="Exit status: 0 stopped, 64 usage, 69 database unusable, 70 internal fault, 73 a"
-        " file or socket cannot be made, 75 already running, 77 not permitted, 78 configuration.",
+        " file or socket cannot be made, 75 already running, 77 not permitted, 78 configuration."
+        " What can be set in the ini file: --settings.",
     )
     where = "the ini file; else UPQ_CONFIG, ./upq.cfg, the user's upq/upq.cfg, /etc/upq/upq.cfg"
     made.add_argument("-c", "--config", metavar="FILE", help=where)
     made.add_argument("-l", "--logfile", metavar="FILE", help="log there, whatever [logging] says")
     every = "report every fault of the configuration and of the jobs"
     made.add_argument("--check", action="store_true", help=every)
+    made.add_argument("--settings", action="store_true", help="print all settings, one a line")
     stay = "do not detach, whatever [daemon] says"
     made.add_argument("--foreground", action="store_true", help=stay)
     made.add_argument("--version", action="version", version=f"upq {__version__}")
@@ -52,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser().parse_args(argv)
     except SystemExit as error:
         return 64 if error.code else 0
+    if args.settings:
+        print(config.describe())
+        return 0
     try:
         settings = load(args.config, args.logfile)
         if args.check:
@@ -143,6 +148,8 @@ def serve(settings: Settings, logfile: str | None, ready_fd: int | None = None) 
         if ready_fd is not None:
             os.write(ready_fd, b"ok")
             os.close(ready_fd)
+        elif settings.logging.logfile and sys.stderr.isatty():
+            print(f"upq: ready; the log is {settings.logging.logfile}", file=sys.stderr)
         one.run()
         one.stop()
     # Threads of jobs that did not end must not meet a half-dismantled interpreter.

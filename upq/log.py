@@ -23,6 +23,8 @@ PLAIN = "%(asctime)s %(levelname)-7s %(message)s"
 #: The journal has its own time and level.
 JOURNAL = "%(message)s"
 
+#: Hears each SQL statement; off until `setup` is told to log them.
+_statements = logging.getLogger("upq.sql")
 _STDERR_FD = 2
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 #: logging's levels and syslog's, the worst first.
@@ -50,6 +52,12 @@ class job:
 
     def __exit__(self, *_: object) -> None:
         _here.job = self._before
+
+
+def statement(text: str) -> None:
+    """Log a statement of SQL. What is given to it is left out: secrets may be among it."""
+    if _statements.isEnabledFor(logging.DEBUG):
+        _statements.debug("%s", " ".join(text.split()))
 
 
 def one_line(text: str) -> str:
@@ -223,12 +231,16 @@ def check_format(text: str) -> str | None:
 
 
 def setup(
-    level: str = "info", logformat: str = "", logfile: Path | None = None, fd: int = _STDERR_FD
+    level: str = "info",
+    logformat: str = "",
+    logfile: Path | None = None,
+    fd: int = _STDERR_FD,
+    statements: bool = False,
 ) -> LineHandler:
     """Send every logger's lines from this level on to one place; again replaces the former place.
 
     Without a file lines go to stderr, or with their levels to the journal behind it. OSError when
-    the file cannot be opened.
+    the file cannot be opened. With `statements` those of SQL are logged, too, whatever the level.
     """
     handler = LineHandler(logfile, fd)
     if logformat == JSON:
@@ -239,6 +251,7 @@ def setup(
     formers = [former for former in root.handlers if isinstance(former, LineHandler)]
     root.addHandler(handler)
     root.setLevel(level.upper())
+    _statements.setLevel(logging.DEBUG if statements else logging.INFO)
     for former in formers:
         root.removeHandler(former)
         former.close()

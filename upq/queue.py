@@ -110,6 +110,10 @@ class Queue:
         self.rescued = self.crashed = 0
         #: Attempts given back, attempts that are followed by another, outputs cut to their limit.
         self.interrupted = self.retried = self.truncated = 0
+        #: Claims, and how many of them were of jobs claimed before: an attempt had failed
+        #: (`retried`), was given back (`interrupted`), its daemon had died (`rescued`), its claim
+        #: was in doubt (`released`), or somebody asked (`asked_again`).
+        self.started = self.started_again = self.released = self.asked_again = 0
         # The latest progress of each claim that is not stored yet.
         self._progress: dict[int, str] = {}
         # Tokens of the claims whose ends are not committed; changed only in `note`.
@@ -175,6 +179,8 @@ class Queue:
         self.interrupted += batch.given_back
         self.retried += batch.retried
         self.truncated += batch.truncated
+        self.started += len(batch.taken)
+        self.started_again += len(batch.taken) - batch.first_starts
         self._held.update(batch.taken)
         self._held.difference_update(batch.ended)
         known = None if batch.due_is_all else self.next_due
@@ -194,6 +200,10 @@ class Queue:
         known = {**self.lanes, **{one.id: one for one in lanes}}
         self._by_name = {(one.queue, one.type): one for one in known.values()}
         self.lanes = known
+
+    def known_lane(self, queue: str, type: str) -> Lane | None:
+        """The lane of a queue and type, when there is one; nothing is written."""
+        return self._by_name.get((queue, type))
 
     def lane(self, queue: str, type: str) -> Lane:
         """The lane of a queue and type, made when it is new."""
@@ -340,6 +350,7 @@ class Queue:
             batch.hold_dependents([(id, new)])
 
         self._act(run)
+        self.asked_again += 1
 
     def set_reason(self, of: Job, reason: str) -> None:
         """Say what a running job waits for; soon, and kept."""
@@ -422,16 +433,19 @@ class Queue:
     def release_strays(self) -> list[int]:
         """Put back to the queue what is ours in the table only: claims whose commit was in doubt.
 
-        Returns their lanes. Inside the transaction nothing else is claimed or ended, so what is
-        held then is known for sure.
+        Returns their lanes. No other transaction claims or ends anything meanwhile, so what is
+        held then is known for sure, and so is what this one has claimed before.
         """
 
         def run(batch: Batch) -> list[int]:
-            found = [one for one in running_of(batch, self.owner) if one.token not in self._held]
+            ours = self._held.union(batch.taken)
+            found = [one for one in running_of(batch, self.owner) if one.token not in ours]
             self._requeue(batch, found, crashed=False)
             return [one.lane for one in found]
 
-        return list(self._act(run))
+        lanes = list(self._act(run))
+        self.released += len(lanes)
+        return lanes
 
     def rescue(self, dead: Sequence[Job], then: Callable[[Job], Sequence[NewJob]]) -> int:
         """Put running jobs of dead owners back to the queue. Returns how many.

@@ -17,7 +17,7 @@ from upq.db import one_line
 from upq.errors import Abort, BadParams, RequestError, Retry, Unavailable, Uncertain
 from upq.job import CANCELLED, DONE, FAILED, QUEUED, RESULT_LIMIT_BYTES, Job, NewJob, Outcome
 from upq.jobtypes import JobType, JobTypes
-from upq.plugins import Desk, UpqJob, blame, follow_up
+from upq.plugins import MESSAGE_LIMIT, Desk, UpqJob, blame, follow_up
 from upq.queue import Queue
 from upq.record import encode
 
@@ -100,7 +100,7 @@ class Runner:
         if kind.checks:
             refusal = kind.refusal(plugin)
             if refusal is not None:
-                return Outcome(FAILED, str(refusal), data=jobdata(plugin, job), reason="refused")
+                return Outcome(FAILED, str(refusal), data=left(plugin, job)[0], reason="refused")
             plugin.msgstr = ""
         if plugin.cancelled:
             return Outcome(CANCELLED, "cancelled before it began", reason="asked")
@@ -111,7 +111,7 @@ class Runner:
             return self._failed(job, kind, plugin, text, after_s=error.after_s)
         except Abort as error:
             text = join(said(plugin), str(error))
-            return Outcome(FAILED, text, data=jobdata(plugin, job), reason="aborted")
+            return Outcome(FAILED, text, data=left(plugin, job)[0], reason="aborted")
         except (Unavailable, Uncertain) as error:
             return self._away(error)
         except RequestError as error:
@@ -127,10 +127,11 @@ class Runner:
         result = plugin.result
         if result is None and returned is not True:
             result = returned
-        fault = result_fault(result)
+        data, data_fault = left(plugin, job)
+        fault = join(result_fault(result), data_fault)
         if fault:
-            return Outcome(FAILED, join(said(plugin), fault), data=jobdata(plugin, job))
-        return Outcome(DONE, said(plugin), result, jobdata(plugin, job))
+            return Outcome(FAILED, join(said(plugin), fault), data=data)
+        return Outcome(DONE, said(plugin), result, data)
 
     def _away(self, error: Exception) -> Outcome:
         """The database was away under the job, which is nothing that the job has done."""
@@ -147,15 +148,17 @@ class Runner:
     ) -> Outcome:
         """A failed attempt: the next one if any is left, else the end."""
         result = None if result_fault(plugin.result) else plugin.result
+        data, fault = left(plugin, job)
+        message = join(message, fault)
         allowed = job.options.get("retries", kind.cfg.retries)
         if job.attempt > allowed or plugin.cancelled:
-            return Outcome(FAILED, message, result, jobdata(plugin, job))
+            return Outcome(FAILED, message, result, data)
         wait_s = kind.retry_wait_s(job.attempt) if after_s is None else after_s
         return Outcome(
             QUEUED,
             message,
             result,
-            jobdata(plugin, job),
+            data,
             run_at=when.now() + round(wait_s * 1e6),
             reason=f"retry {job.attempt} of {allowed}",
         )
@@ -198,6 +201,7 @@ class Runner:
 
     def _end(self, job: Job, outcome: Outcome, then: list[NewJob], started_s: float) -> None:
         took_s = time.monotonic() - started_s
+        outcome.message = outcome.message[:MESSAGE_LIMIT]
 
         def told(ours: bool) -> None:
             if ours:
@@ -235,18 +239,23 @@ def own_copy(data: dict[str, Any]) -> dict[str, Any]:
     return dict(data)
 
 
-def jobdata(plugin: UpqJob, job: Job) -> dict[str, Any] | None:
-    """The job's data as the attempt left it; None, and a warning, when it is no JSON any more."""
+def left(plugin: UpqJob, job: Job) -> tuple[dict[str, Any] | None, str]:
+    """The job's data as the attempt left it; None when that is not kept.
+
+    What is no JSON any more is a warning; what is over its limit is a fault, the second value.
+    """
     if plugin.jobdata == job.data:
-        return job.data
+        return job.data, ""
     try:
         if isinstance(plugin.jobdata, dict):
-            encode(plugin.jobdata)
-            return plugin.jobdata
+            size = len(encode(plugin.jobdata))
+            if size <= RESULT_LIMIT_BYTES:
+                return plugin.jobdata, ""
+            return None, f"jobdata has {size} bytes, more than {RESULT_LIMIT_BYTES}"
     except (TypeError, ValueError, RecursionError):
         pass
     log.warning("jobdata is no JSON object any more: what this attempt changed in it is not kept")
-    return None
+    return None, ""
 
 
 def said(plugin: UpqJob) -> str:

@@ -12,6 +12,8 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.sql import ClauseElement
 
+from upq import log
+
 
 def rows(dialect: str, **columns: type) -> sa.Subquery:
     """A table made from one JSON parameter `:rows`, a list of lists in the order of `columns`.
@@ -75,6 +77,7 @@ class Tx:
     def run(self, sql: Sql, **params: Any) -> int:
         """Execute; returns the number of rows that matched."""
         text, names, defaults = sql.on(self.dialect)
+        log.statement(text)
         if names is None:
             self.cursor.execute(text, {**defaults, **params})
         else:

@@ -204,6 +204,22 @@ class Views:
                     found[lane] = at
             return found
 
+    def oldest_delayed(self, lane: int) -> int | None:
+        """When the oldest job of a lane that waits for a time was submitted.
+
+        Looked for among the next 1,000 of all lanes, however many there are.
+        """
+        next_due = (
+            sa.select(job.c.lane, job.c.created_at)
+            .where(job.c.due_at.is_not(None))
+            .order_by(job.c.due_at)
+            .limit(AHEAD_LIMIT)
+            .subquery()
+        )
+        query = sa.select(sa.func.min(next_due.c.created_at)).where(next_due.c.lane == lane)
+        at: int | None = self._rows(query)[0][0]
+        return at
+
     def awaited(self, id: int) -> list[tuple[int, str]]:
         """The jobs that have to be done before this one, with their states."""
         query = sa.select(job.c.id, job.c.state).where(edge.c.job == id, job.c.id == edge.c.needs)
