@@ -80,6 +80,15 @@ def send(pids: Iterable[int], number: signal.Signals) -> None:
             os.kill(pid, number)
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether none of its threads runs: a signal takes its time to reach them all."""
+    with contextlib.suppress(OSError):  # one has ended meanwhile
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            if (thread / "stat").read_text().rpartition(")")[2].split()[0] not in "TtZX":
+                return False
+    return True
+
+
 class Server:
     """A database server that somebody else runs; `url` names any database of it."""
 
@@ -225,6 +234,9 @@ class PrivateServer(Server):
         if self._server:
             self._server.send_signal(signal.SIGSTOP)
         send(self.pids(), signal.SIGSTOP)
+        deadline = time.monotonic() + 5
+        while not all(map(is_stopped, self.pids())) and time.monotonic() < deadline:
+            time.sleep(0.001)
 
     def resume(self) -> None:
         send(self.pids(), signal.SIGCONT)

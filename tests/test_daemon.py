@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pty
 import pwd
 import re
+import select
 import shutil
 import signal
 import socket
@@ -23,6 +25,7 @@ import pytest
 from tests.conftest import unavailable
 from tests.daemons import PATIENCE_S, ROOT, Daemon, NotStarted, for_user, until
 from tests.servers import short_folder
+from upq import __version__
 
 JOBS = {
     "echo": "def run(self):\n    return self.jobdata",
@@ -255,10 +258,46 @@ def test_check_reports_broken_job_files_with_their_line_and_starts_nothing(daemo
     assert not (daemon.folder / "state").exists()
 
 
+def test_settings_are_printed_without_a_configuration(daemon: Daemon) -> None:
+    daemon.config.unlink()
+    told = daemon.attempt("--settings")
+    assert (told.returncode, told.stderr) == (0, "")
+    assert "[listen] idle = 5m  (duration) Close a connection" in told.stdout
+    assert "--settings" in daemon.attempt("--help").stdout
+
+
 def test_check_may_be_asked_beside_a_running_daemon(daemon: Daemon) -> None:
     daemon.start()
     assert daemon.attempt("--check").returncode == 0
     assert daemon.run("echo")["state"] == "done"
+
+
+def test_from_the_source_tree_it_finds_what_make_has_fetched(short_tmp: Path) -> None:
+    shutil.copy(ROOT / "upq.py", short_tmp)
+    (short_tmp / "upq").symlink_to(ROOT / "upq")
+    bare = [sys.executable, "-S", f"{short_tmp}/upq.py", "--version"]  # finds no packages
+    told = subprocess.run(bare, capture_output=True, text=True, check=False)
+    assert (told.returncode, told.stdout) == (1, "")
+    assert re.fullmatch("upq: Python has no module [a-z]+; `make run` .*\n", told.stderr)
+    (short_tmp / ".venv").symlink_to(sys.prefix)
+    told = subprocess.run(bare, capture_output=True, text=True, check=False)
+    assert (told.returncode, told.stdout) == (0, f"upq {__version__}\n"), told.stderr
+
+
+def test_on_a_terminal_it_says_that_it_is_ready_and_where_its_log_is(daemon: Daemon) -> None:
+    ours, theirs = pty.openpty()
+    with os.fdopen(ours, "rb", 0) as terminal, os.fdopen(theirs, "wb") as stderr:
+        started = subprocess.Popen(
+            daemon.command("--foreground"), env=daemon.environment(), stderr=stderr
+        )
+        try:
+            assert select.select([terminal], [], [], PATIENCE_S)[0]
+            said = terminal.read(4096).decode()
+            assert said == f"upq: ready; the log is {daemon.folder}/upq.log\r\n"
+            assert daemon.ask("ping")
+        finally:
+            started.kill()
+            started.wait()
 
 
 # Signals and notices ---------------------------------------------------------------------------
@@ -304,6 +343,18 @@ def test_hup_takes_over_a_good_configuration_and_keeps_the_old_one_when_it_is_no
     daemon.forgiven = ["retries: 'many'", "non", "not reloaded"]
 
 
+def test_usr1_reloads_too_and_usr2_tells_what_every_thread_does(daemon: Daemon) -> None:
+    daemon.start()
+    set_(daemon, "job echo", concurrent=3)
+    daemon.signal(signal.SIGUSR1)
+    until(lambda: "reloaded " in daemon.log)
+    assert daemon.run("echo")["state"] == "done"
+    daemon.signal(signal.SIGUSR2)
+    until(lambda: "Current thread" in (daemon.folder / "stderr").read_text())
+    assert "claimer.py" in (daemon.folder / "stderr").read_text()
+    assert daemon.run("echo")["state"] == "done"
+
+
 def test_a_reload_says_what_needs_a_restart(daemon: Daemon) -> None:
     daemon.start()
     set_(daemon, "paths", socket="elsewhere")
@@ -311,6 +362,31 @@ def test_a_reload_says_what_needs_a_restart(daemon: Daemon) -> None:
     assert "paths" in warning and "restart" in warning
     assert daemon.run("echo")["state"] == "done"
     assert daemon.ask("reload")["warnings"] == [warning], "it still does"
+
+
+def test_what_a_reload_takes_over_needs_no_restart(daemon: Daemon) -> None:
+    daemon.start()
+    set_(daemon, "daemon", grace="1s")
+    set_(daemon, "listen", max_queue="100")
+    set_(daemon, "db", keep_done="1h", debug="yes")
+    assert daemon.ask("reload")["warnings"] == []
+    set_(daemon, "db", durability="relaxed")
+    assert daemon.ask("reload")["warnings"] == ["[db] needs a restart"]
+
+
+def test_statements_are_logged_without_what_is_in_them_while_debug_is_on(daemon: Daemon) -> None:
+    set_(daemon, "db", debug="yes")
+    daemon.start()
+    secret = f"hunter{time.time_ns()}"
+    daemon.job(daemon.run(f"echo word:{secret} @key:{secret}")["id"])
+    for words in ("INSERT INTO upq_job ", "UPDATE upq_job ", "SELECT upq_event.n, upq_event.job"):
+        assert re.search(f" DEBUG   .*{words}", daemon.log), words
+    assert secret not in daemon.log
+    set_(daemon, "db", debug="no")
+    daemon.ask("reload")
+    before = daemon.log.count("INSERT INTO upq_job ")
+    daemon.run("echo")
+    assert daemon.log.count("INSERT INTO upq_job ") == before
 
 
 def test_a_rotated_log_is_left_and_a_new_one_begun(daemon: Daemon) -> None:
@@ -788,6 +864,16 @@ def test_it_starts_with_its_standard_streams_closed(daemon: Daemon) -> None:
         daemon.start()
         assert daemon.run("echo")["state"] == "done"
         assert daemon.end() == 0
+
+
+def test_the_folders_of_paths_are_made(daemon: Daemon) -> None:
+    set_(daemon, "paths", uploads="made/up", files="made/files", jobs_dir="made/jobs")
+    (daemon.folder / "upq.cfg").write_text(
+        re.sub(r"(?ms)^\[job .*", "[job true]\ncommand = true\n", daemon.config.read_text())
+    )
+    daemon.start()
+    assert daemon.run("true")["state"] == "done"
+    assert {path.name for path in (daemon.folder / "made").iterdir()} == {"up", "files", "jobs"}
 
 
 def test_it_lives_anywhere(daemon: Daemon) -> None:

@@ -1,21 +1,30 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import socket
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
-from tests.servers import MariaDB, Postgres, Server
+from tests.proxy import Proxy
+from tests.servers import MariaDB, Postgres, PrivateServer, Server
 from upq import db, schema
 from upq.db import Database
 from upq.errors import AlreadyRunning, DatabaseUnusable, StartError, Unavailable
 
+ROOT = Path(__file__).parent.parent
 SECRET = "Pa55-w.rd"
 
 
@@ -269,6 +278,165 @@ def test_reading_while_the_server_is_away_is_unavailable(postgres: Postgres) -> 
             read()
         postgres.start()
         read()
+
+
+# Silent
+
+
+@pytest.fixture(params=["mariadb", "postgres"])
+def server(request: pytest.FixtureRequest) -> Iterator[PrivateServer]:
+    found: PrivateServer = request.getfixturevalue(request.param)
+    yield found
+    found.resume()
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limits short enough to be met."""
+    monkeypatch.setattr(db, "CONNECT_S", 2)  # psycopg takes no less
+    monkeypatch.setattr(db, "STATEMENT_S", 4)
+    monkeypatch.setattr(db, "IDLE_S", 1)
+
+
+def read(database: Database) -> None:
+    with database.read() as connection:
+        connection.execute(sa.select(schema.version))
+
+
+@contextmanager
+def unavailable_within(seconds: float) -> Iterator[None]:
+    began_s = time.monotonic()
+    with pytest.raises(Unavailable, match="cannot be read: "):
+        yield
+    assert time.monotonic() - began_s < seconds
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.timeout(60)
+def test_a_read_is_over_in_time_when_the_server_hangs_and_goes_on_at_once_after(
+    server: PrivateServer,
+) -> None:
+    with server.database() as url, prepared(url) as database:
+        with unavailable_within(5.5), database.read() as connection:  # the statement waits
+            connection.execute(sa.select(schema.version))
+            server.pause()
+            connection.execute(sa.select(schema.version))
+        with unavailable_within(3.5):  # there is no connection to be had
+            read(database)
+        server.resume()
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(read, [database] * 4))
+        server.pause()
+        with unavailable_within(5.5):  # a connection that has rested, and then no other one
+            read(database)
+        server.resume()
+        began_s = time.monotonic()
+        read(database)
+        assert time.monotonic() - began_s < 1.5
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.timeout(60)
+def test_however_many_read_when_the_server_hangs_all_are_told_in_time(
+    server: PrivateServer,
+) -> None:
+    with server.database() as url, prepared(url) as database:
+        read(database)
+        server.pause()
+
+        def fail(_: int) -> None:
+            with unavailable_within(7):
+                read(database)
+
+        with ThreadPoolExecutor(30) as pool:
+            list(pool.map(fail, range(30)))
+        server.resume()
+        with ThreadPoolExecutor(30) as pool:
+            list(pool.map(read, [database] * 30))
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.timeout(60)
+def test_a_connection_that_is_dead_without_a_word_is_replaced(server: PrivateServer) -> None:
+    with server.database() as url, Proxy(server) as proxy, prepared(proxy.url(url)) as database:
+        read(database)
+        proxy.lose()
+        began_s = time.monotonic()
+        read(database)
+        assert time.monotonic() - began_s < 3.5
+
+
+def test_a_dead_line_is_noticed_by_the_system_too(server: PrivateServer) -> None:
+    wanted = {
+        socket.TCP_KEEPIDLE: 30,
+        socket.TCP_KEEPINTVL: 10,
+        socket.TCP_KEEPCNT: 3,
+        socket.TCP_USER_TIMEOUT: 10_000,
+    }
+    with server.database() as url, Proxy(server) as proxy, prepared(proxy.url(url)) as database:
+        for engine in (database.readers, database.jobs, database._engine):
+            with engine.connect() as connection:
+                made: Any = connection.connection.dbapi_connection
+                fd = made._sock.fileno() if isinstance(server, MariaDB) else made.fileno()
+                with socket.socket(fileno=os.dup(fd)) as sock:
+                    assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+                    assert {n: sock.getsockopt(socket.IPPROTO_TCP, n) for n in wanted} == wanted
+
+
+FROZEN = """
+import sys
+from upq import db
+db.STATEMENT_S = 1
+database = db.Database(sys.argv[1])
+with database.read() as connection:
+    print("asks", flush=True)
+    print(connection.exec_driver_sql(sys.argv[2]).scalar(), flush=True)
+"""
+
+
+def test_an_answer_that_came_while_we_were_frozen_is_taken(server: PrivateServer) -> None:
+    sleep = "SELECT sleep(0.5)" if isinstance(server, MariaDB) else "SELECT 0 FROM pg_sleep(0.5)"
+    with server.database() as url:
+        command = [sys.executable, "-c", FROZEN, url, sleep]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as reader:
+            assert reader.stdout is not None
+            assert reader.stdout.readline() == "asks\n"
+            time.sleep(0.2)
+            reader.send_signal(signal.SIGSTOP)
+            time.sleep(2)
+            reader.send_signal(signal.SIGCONT)
+            assert reader.communicate(timeout=20)[0] == "0\n"
+            assert reader.wait(20) == 0
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_read_that_rested_too_long_is_unavailable_and_jobs_may_rest(
+    server: PrivateServer,
+) -> None:
+    with server.database() as url, prepared(url) as database, database.jobs.connect() as job:
+        job.execute(sa.select(schema.version))
+        with unavailable_within(5), database.read() as connection:
+            connection.execute(sa.select(schema.version))
+            time.sleep(2)
+            connection.execute(sa.select(schema.version))
+        read(database)
+        job.execute(sa.select(schema.version))
+
+
+def test_a_job_may_listen_as_long_as_it_likes(
+    postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(db, "STATEMENT_S", 1)
+    with postgres.database() as url, prepared(url) as database, database.jobs.connect() as job:
+        listener: Any = job.connection.dbapi_connection
+        job.exec_driver_sql("LISTEN news")
+        job.commit()
+        began_s = time.monotonic()
+        assert list(listener.notifies(timeout=1.5)) == []
+        assert 1.4 < time.monotonic() - began_s < 3
+
+
+# Files
 
 
 def test_readers_cannot_write_to_sqlite(file: Path) -> None:

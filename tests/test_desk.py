@@ -24,7 +24,7 @@ class Office:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.pool = Pool("hash", 1, None, lambda: None)  # type: ignore[arg-type]
-        self.ends = Ends(store.views, shared=False)
+        self.ends = Ends(store.views)
         store.queue._bus.subscribe(self.ends.hear)
         self.desk = JobDesk(store.queue, store.views, self.ends, self._pool, self)  # type: ignore[arg-type]
 
@@ -219,15 +219,17 @@ def test_ends_that_nobody_waits_for_cost_nothing(office: Office) -> None:
     assert office.ends._waiting == {}
 
 
-def test_an_end_by_another_daemon_is_seen_now_and_then(
-    office: Office, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("timeout_s", [None, 10])
+def test_an_end_that_nobody_tells_of_is_seen_now_and_then(
+    office: Office, monkeypatch: pytest.MonkeyPatch, timeout_s: float | None
 ) -> None:
-    monkeypatch.setattr("upq.desk.SHARED_LOOK_S", 0.05)
-    ends = Ends(office.store.views, shared=True)
+    monkeypatch.setattr("upq.desk.LOOK_S", 0.05)
+    ends = Ends(office.store.views)  # no subscriber of the bus
     id = office.store.submit()
-    ender = threading.Timer(0.1, lambda: office.end(office.store.claim_one()))
-    ender.start()
-    end = ends.wait(id, 10)
-    ender.join()
-    assert end is not None
-    assert end.state == DONE
+    seen: list[Any] = []
+    waiter = threading.Thread(target=lambda: seen.append(ends.wait(id, timeout_s)), daemon=True)
+    waiter.start()
+    until(lambda: ends._waiting)
+    office.end(office.store.claim_one())
+    waiter.join(5)
+    assert [end.state for end in seen] == [DONE]

@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from tests.proxy import Proxy
+from tests.servers import Postgres, PrivateServer
 from tests.stores import Store
+from upq import db
 from upq import writer as module
 from upq.batch import Act
 from upq.db import Database
@@ -504,6 +507,84 @@ def test_an_end_whose_commit_broke_is_stored_once(
         assert [one["state"] for one in store.views.history(id)] == ["queued", "running", "done"]
         assert len(store.claim(9, "reverify")) == 1
         assert store.queue.fenced == 0
+
+
+# The database is silent
+
+
+@pytest.fixture(params=["mariadb", "postgres"])
+def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> PrivateServer:
+    """A server that is waited for as short as may be."""
+    for module_ in (db, module):
+        monkeypatch.setattr(module_, "CONNECT_S", 2)
+    monkeypatch.setattr(db, "STATEMENT_S", 3)
+    monkeypatch.setattr(db, "IDLE_S", 1)
+    monkeypatch.setattr(module, "PROBE_S", 0.05)
+    found: PrivateServer = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("error", [Unavailable, Uncertain], ids=["before", "in"])
+def test_a_silence_before_or_in_the_commit_is_told_in_time_and_nothing_is_lost(
+    server: PrivateServer, error: type[RequestError]
+) -> None:
+    commit = b"COMMIT\0" if isinstance(server, Postgres) else b"\3COMMIT"
+    with server.database() as url, Proxy(server) as proxy, Store(proxy.url(url)) as store:
+        store.queue.lane("reverify", "reverify")
+        store.submit()
+        claimed = store.claim_one()
+        store.queue.finish(claimed, Outcome(DONE), [NewJob("reverify", {})])
+        proxy.cut_at = commit if error is Uncertain else b"upq_job"
+        began_s = time.monotonic()
+        with pytest.raises(error):
+            store.accepted(NewJob("hash", {}, key="k"))
+        assert 2.9 < time.monotonic() - began_s < 4.9
+        proxy.mend()
+        store.flush()
+        assert len(store.accepted(NewJob("hash", {}, key="k"))) == 1
+        states = sorted((job["type"], job["state"]) for job in store.views.jobs([]))
+        assert states == [("hash", DONE), ("hash", "queued"), ("reverify", "queued")]
+        assert store.queue.writer.recoveries == 1
+
+
+@pytest.mark.timeout(60)
+def test_a_connection_that_is_dead_without_a_word_costs_one_answer(server: PrivateServer) -> None:
+    with server.database() as url, Proxy(server) as proxy, Store(proxy.url(url)) as store:
+        store.submit()
+        proxy.lose()
+        with pytest.raises(Unavailable):
+            store.submit()
+        time.sleep(0.06)
+        store.submit()
+
+
+@pytest.mark.timeout(60)
+def test_one_that_is_frozen_holds_no_locks_for_ever_and_goes_on_after(
+    server: PrivateServer,
+) -> None:
+    with server.database() as url, Store(url) as frozen, Store(url) as other:
+        id = frozen.submit()
+        touch = f"UPDATE upq_job SET starts = starts + 1 WHERE id = {id}"
+        locked, thawed = threading.Event(), threading.Event()
+
+        def freeze(batch: Any) -> None:
+            batch.tx.cursor.execute(touch)
+            locked.set()
+            thawed.wait(20)
+            batch.tx.cursor.execute(touch)
+
+        with ThreadPoolExecutor() as pool:
+            failed = pool.submit(frozen.queue.writer.run, [Act(freeze)])
+            assert locked.wait(10)
+            began_s = time.monotonic()
+            other.queue.writer.run([Act(lambda batch: batch.tx.cursor.execute(touch))])
+            assert 0.5 < time.monotonic() - began_s < 3
+            thawed.set()
+            assert isinstance(failed.exception(20), Unavailable)
+        time.sleep(0.06)
+        assert frozen.claim_one().starts == 2
+        assert frozen.row(id).starts == 2
 
 
 def test_close_may_be_called_twice(bench: Bench) -> None:

@@ -13,7 +13,9 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from upq import __version__, systemd, when
 from upq import log as logs
@@ -49,6 +51,12 @@ PURGE_S = 10.0
 DAMAGED = 65
 #: Failures of one of the daemon's own threads after which it gives up.
 ROLE_FAILURES = 5
+#: What a reload takes over of sections that are else fixed until a restart.
+LIVE = {
+    "daemon": ("grace_s",),
+    "db": ("debug", "keep_done_s", "keep_failed_s"),
+    "listen": ("max_queue",),
+}
 #: Seconds that commands have to obey TERM when the grace of a stop is over.
 LAST_GRACE_S = 1.0
 
@@ -94,8 +102,6 @@ class Daemon:
             self._clock.every(interval_s, "watchdog", self._ping_watchdog)
         self._start_role("claimer", self._claimer.run)
         self._start_role("chores", self._tick)
-        if self._database.kind == "postgresql":
-            self._start_role("hangs", self._watch_for_hangs)
         self._lobby.start()
         for door in self._doors:
             door.start()
@@ -115,6 +121,8 @@ class Daemon:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise CannotCreate(f"[paths] {folder}: {error.strerror}") from error
+        with contextlib.suppress(OSError):  # who has commands only can do without
+            Path(paths.jobs_dir).mkdir(parents=True, exist_ok=True)
         self._locks.append(lock(state / "node.lock", f"another upq daemon uses {state}"))
         self._locks.append(
             lock(Path(f"{self.socket_path}.lock"), f"another upq daemon serves {self.socket_path}")
@@ -151,7 +159,7 @@ class Daemon:
             self._hold,
             lambda: self._types.secret,
         )
-        self._ends = Ends(self._views, self._queue.shared)
+        self._ends = Ends(self._views)
         self._runner = Runner(self._queue, self._types)
         self._claimer = Claimer(self._queue, self._runner, self._types.hold)
         self._dispatcher = Dispatcher(
@@ -238,11 +246,6 @@ class Daemon:
         while not self._stopped.wait(self._clock.tick(time.monotonic())):
             pass
 
-    def _watch_for_hangs(self) -> None:
-        # Not a chore: those write as well, and would wait for what they are to end.
-        while not self._stopped.wait(1.0):
-            self._queue.writer.break_off()
-
     def _purge(self) -> None:
         """Delete what is older than the retention; for a second at the most, others wait."""
         db, over_s = self.settings.db, time.monotonic() + 1.0
@@ -263,24 +266,24 @@ class Daemon:
     # Signals
 
     def run(self) -> None:
-        """Serve until TERM or INT. HUP reloads, USR1 writes every thread's stack to the log."""
+        """Serve until TERM or INT. HUP and USR1 reload, USR2 tells every thread's stack."""
         while True:
             signum = os.read(self._wake_r, 1)[0]
             if signum in (signal.SIGTERM, signal.SIGINT):
                 return
-            if signum == signal.SIGHUP:
+            if signum in (signal.SIGHUP, signal.SIGUSR1):
                 try:
                     self.reload()
                 except Exception as error:
                     log.error("not reloaded: %s", error)
-            elif signum == signal.SIGUSR1:
+            elif signum == signal.SIGUSR2:
                 faulthandler.dump_traceback()
 
     def catch_signals(self) -> None:
         """Handlers only note the signal; the main thread reads it from a pipe."""
         signal.set_wakeup_fd(self._wake_w, warn_on_full_buffer=False)
-        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-            signal.signal(signum, lambda *_: None)
+        for name in ("TERM", "INT", "HUP", "USR1", "USR2"):
+            signal.signal(signal.Signals[f"SIG{name}"], lambda *_: None)
 
     def reload(self) -> list[str]:
         """Read the configuration again; with faults in it the old one stays, and Refused says so.
@@ -298,7 +301,7 @@ class Daemon:
             finally:
                 systemd.notify("READY=1")
             fixed = ("daemon", "db", "paths", "node", "listen")
-            changed = [s for s in fixed if getattr(settings, s) != getattr(self._at_start, s)]
+            changed = [s for s in fixed if lasting(settings, s) != lasting(self._at_start, s)]
             warnings = [*settings.warnings, *(f"[{s}] needs a restart" for s in changed)]
             self.settings = settings
             self._types.configure(settings)
@@ -381,12 +384,18 @@ def lock(path: Path, refusal: str) -> int:
         raise CannotCreate(f"{path}: {error.strerror}") from error
 
 
+def lasting(settings: Settings, section: str) -> Any:
+    """What of a section takes effect only at a start."""
+    return replace(getattr(settings, section), **dict.fromkeys(LIVE.get(section, ())))
+
+
 def set_up_log(settings: Settings) -> None:
     logging_ = settings.logging
     logfile = Path(logging_.logfile) if logging_.logfile else None
     try:
         if logfile is not None:
             logfile.parent.mkdir(parents=True, exist_ok=True)
-        logs.setup(logging_.loglevel, logging_.logformat, logfile)
+        level, statements = logging_.loglevel, settings.db.debug
+        logs.setup(level, logging_.logformat, logfile, statements=statements)
     except OSError as error:
         raise CannotCreate(f"[logging] logfile = {logfile}: {error.strerror}") from error

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
+import socket
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +21,31 @@ import sqlalchemy as sa
 from sqlalchemy import event as sa_event
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 
-from upq import schema
+from upq import log, schema
 from upq.errors import AlreadyRunning, DatabaseUnusable, Unavailable
 
-#: Seconds for a connection to be made, and for a statement to be answered.
+#: Seconds for a connection to be made or found alive, and for a statement to be answered.
 CONNECT_S, STATEMENT_S = 5, 10
+#: Seconds after which a server ends a transaction of ours in which nothing happens: its client was
+#: frozen, or is behind a line that was cut, and holds locks. Ours last some milliseconds.
+IDLE_S = 60
+#: What finds dead a connection that is not in use: seconds of silence, seconds between two
+#: questions, how many of them.
+KEEPALIVE_S, KEEPALIVE_STEP_S, KEEPALIVES = 30, 10, 3
 SQLITE_MIN = (3, 38, 0)
 MARIADB_MIN = (10, 6)
 MYSQL_MIN = (8, 0)
 
 #: Held by a connection while it migrates, and gone with it.
 MIGRATION_LOCKS = {"postgresql": "pg_advisory_lock(8797)", "mysql": "GET_LOCK('upq', 86400)"}
+
+#: What a read raises when the database is away, ends its connection, or has none left.
+AWAY = (
+    sa.exc.OperationalError,
+    sa.exc.InterfaceError,
+    sa.exc.InternalError,
+    sa.exc.TimeoutError,
+)
 
 PRAGMAS = {
     "journal_mode": "wal",
@@ -48,14 +66,16 @@ class Database:
         self.kind = self.url.get_backend_name().replace("mariadb", "mysql")
         self._lock_fd: int | None = None
         try:
-            self._engine = self._make(self.url, pool_size=1, by_key=True)
-            self.readers = self._make(self.url, pool_size=4, readonly=True)
+            self._engine = self._make(self.url, pool_size=1, idle_s=IDLE_S, by_key=True)
+            self.readers = self._make(self.url, pool_size=4, idle_s=IDLE_S, readonly=True)
             jobs_url = self.url
             if self.kind == "sqlite":
                 self.file = Path(self.url.database or "")
                 jobs_url = URL.create("sqlite", database=str(jobs_file or self.file))
             #: For the jobs' own tables; on SQLite a file of its own.
             self.jobs = self._make(jobs_url, pool_size=5)
+            for engine in (self._engine, self.readers, self.jobs):
+                sa_event.listen(engine, "before_cursor_execute", _log_statement)
         except (ImportError, sa.exc.ArgumentError) as error:
             raise DatabaseUnusable(f"[db] url = {self}: {error}") from error
 
@@ -75,8 +95,10 @@ class Database:
         *,
         readonly: bool = False,
         by_key: bool = False,
-        statement_s: int = STATEMENT_S,
+        limited: bool = True,
+        idle_s: int = 0,
     ) -> Engine:
+        """An engine whose connections give up a server that is silent, unless not `limited`."""
         options: dict[str, Any] = {
             "pool_size": pool_size,
             "max_overflow": 4,
@@ -97,18 +119,18 @@ class Database:
                     engine, "begin", lambda c: c.exec_driver_sql("BEGIN IMMEDIATE") and None
                 )
             return engine
-        options["pool_pre_ping"] = True
+        options |= {"pool_pre_ping": True, "isolation_level": "READ COMMITTED"}
+        statement_s = STATEMENT_S if limited else 0
         if self.kind == "mysql":
             args = {
                 "connect_timeout": CONNECT_S,
-                "read_timeout": statement_s or None,
-                "write_timeout": statement_s or None,
+                "read_timeout": CONNECT_S,
+                "write_timeout": CONNECT_S,
                 "charset": "utf8mb4",
             }
-            engine = sa.create_engine(
-                url, connect_args=args, isolation_level="READ COMMITTED", **options
-            )
-            sa_event.listen(engine, "connect", _set_mysql)
+            engine = sa.create_engine(url, connect_args=args, **options)
+            sa_event.listen(engine, "connect", lambda c, _: _set_mysql(c, idle_s))
+            _limit(engine, statement_s, "_read_timeout", "_write_timeout")
             return engine
         if self.kind == "postgresql":
             settings = (
@@ -116,6 +138,8 @@ class Database:
                 f" -c lock_timeout={statement_s * 500}"
                 f" -c synchronous_commit={'on' if self.durable else 'off'}"
             )
+            if idle_s:
+                settings += f" -c idle_in_transaction_session_timeout={idle_s * 1000}"
             if by_key:
                 # The writer finds its rows by key. A plan made while the table was small would
                 # read all of it, long after it has grown.
@@ -125,11 +149,16 @@ class Database:
             args = {
                 "connect_timeout": CONNECT_S,
                 "tcp_user_timeout": STATEMENT_S * 1000,
+                "keepalives_idle": KEEPALIVE_S,
+                "keepalives_interval": KEEPALIVE_STEP_S,
+                "keepalives_count": KEEPALIVES,
                 "options": settings,
             }
-            return sa.create_engine(
-                url, connect_args=args, isolation_level="READ COMMITTED", **options
-            )
+            engine = sa.create_engine(url, connect_args=args, **options)
+            make = _psycopg_connection().connect
+            sa_event.listen(engine, "do_connect", lambda d, r, given, kw: make(*given, **kw))
+            _limit(engine, statement_s, "limit_s")
+            return engine
         raise DatabaseUnusable(f"[db] url = {self}: SQLite, MariaDB/MySQL or PostgreSQL it must be")
 
     def _set_pragmas(self, connection: Any, readonly: bool) -> None:
@@ -245,7 +274,7 @@ class Database:
             with self._engine.connect() as connection:
                 yield connection
             return
-        engine = self._make(self.url, 1, statement_s=0)
+        engine = self._make(self.url, 1, limited=False)
         try:
             with engine.connect() as connection:
                 connection.exec_driver_sql(f"SELECT {MIGRATION_LOCKS[self.kind]}")
@@ -256,12 +285,13 @@ class Database:
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
-        """A connection to read from, in any thread. Raises Unavailable."""
+        """A connection to read from, in any thread. Raises Unavailable, also when none answers."""
         try:
             with self.readers.connect() as connection:
                 yield connection
-        except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as error:
-            raise Unavailable(one_line(getattr(error, "orig", None) or error)) from error
+        except AWAY as error:
+            cause = one_line(getattr(error, "orig", None) or error)
+            raise Unavailable(f"the database cannot be read: {cause}") from error
 
     def raw(self) -> Any:
         """A connection for the writer, on which it runs the driver's own cursors."""
@@ -299,9 +329,80 @@ def read_url(url: str) -> URL:
         ) from error
 
 
-def _set_mysql(connection: Any, _: object) -> None:
+def _log_statement(_: object, cursor: object, statement: str, *more: object) -> None:
+    log.statement(statement)
+
+
+def _limit(engine: Engine, statement_s: int, *names: str) -> None:
+    """Have statements answered in time (0: whenever), by what the driver's connections call it.
+
+    While a connection rests in the pool the limit is CONNECT_S: for the question whether it lives.
+    """
+
+    def set_to(seconds: int | None, connection: Any) -> None:
+        for name in names if connection is not None else ():
+            setattr(connection, name, seconds)
+
+    sa_event.listen(engine, "checkout", lambda c, record, fairy: set_to(statement_s or None, c))
+    sa_event.listen(engine, "checkin", lambda c, record: set_to(CONNECT_S, c))
+
+
+def _set_mysql(connection: Any, idle_s: int) -> None:
+    sock = connection._sock
+    if sock.family != socket.AF_UNIX:
+        for option, value in (
+            (socket.TCP_KEEPIDLE, KEEPALIVE_S),
+            (socket.TCP_KEEPINTVL, KEEPALIVE_STEP_S),
+            (socket.TCP_KEEPCNT, KEEPALIVES),
+            (socket.TCP_USER_TIMEOUT, STATEMENT_S * 1000),
+        ):
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+    settings = "SET SESSION innodb_lock_wait_timeout = 5, SESSION sql_mode = 'TRADITIONAL'"
+    if idle_s:
+        # A comment for MySQL, which has no such limit.
+        settings += f" /*M! , SESSION idle_transaction_timeout = {idle_s} */"
     with connection.cursor() as cursor:
-        cursor.execute("SET SESSION innodb_lock_wait_timeout = 5, SESSION sql_mode = 'TRADITIONAL'")
+        cursor.execute(settings)
+
+
+@cache
+def _psycopg_connection() -> Any:
+    """The class of connections that give up a server which does not answer within `limit_s`.
+
+    psycopg itself would wait for ever: its time limits are the server's.
+    """
+    # An extra, for PostgreSQL only.
+    import psycopg  # noqa: PLC0415
+    from psycopg.waiting import Ready, Wait  # noqa: PLC0415
+
+    class Connection(psycopg.Connection[Any]):
+        limit_s: float | None = CONNECT_S
+
+        def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
+            if args or kwargs:
+                # It says itself how long, as `notifies()` does, which may listen for ever.
+                return super().wait(gen, *args, **kwargs)
+            over_s = None if self.limit_s is None else time.monotonic() + self.limit_s
+            try:
+                wanted = next(gen)
+                while True:
+                    wanted = gen.send(self._until_ready(wanted, over_s))
+            except StopIteration as end:
+                return end.value
+
+        def _until_ready(self, wanted: int, over_s: float | None) -> int:
+            events = (wanted & Wait.R and select.POLLIN) | (wanted & Wait.W and select.POLLOUT)
+            poll = select.poll()
+            poll.register(self.pgconn.socket, events)
+            # What has come is taken, however late: it may be we who were frozen.
+            left_s = None if over_s is None else max(over_s - time.monotonic(), 0)
+            for _, event in poll.poll(left_s and left_s * 1000):
+                readable, writable = event & ~select.POLLOUT, event & select.POLLOUT
+                return (readable and Ready.R) | (writable and Ready.W)
+            self.close()
+            raise psycopg.OperationalError(f"the server has not answered for {self.limit_s} s")
+
+    return Connection
 
 
 def one_line(error: object) -> str:

@@ -24,16 +24,15 @@ from upq.views import End, Views
 
 log = logging.getLogger(__name__)
 
-#: Seconds between two looks at a job that another daemon may end.
-SHARED_LOOK_S = 5.0
+#: Seconds between two looks at a job that may end without a word, as when another daemon ends it.
+LOOK_S = 5.0
 
 
 class Ends:
     """Lets threads wait for the end of a job; a subscriber of the bus."""
 
-    def __init__(self, views: Views, shared: bool) -> None:
+    def __init__(self, views: Views) -> None:
         self._views = views
-        self._shared = shared
         self._lock = threading.Lock()
         self._waiting: dict[int, list[threading.Event]] = {}
 
@@ -54,10 +53,8 @@ class Ends:
         `alive` is asked once a second. Raises NotFound, Unavailable.
         """
         woken = threading.Event()
-        over_s = None if timeout_s is None else time.monotonic() + timeout_s
-        # On a shared database another daemon may end the job without a word.
-        look_s = SHARED_LOOK_S if self._shared else None
-        step_s = 1.0 if alive is not None else look_s
+        over_s = time.monotonic() + (float("inf") if timeout_s is None else timeout_s)
+        step_s = LOOK_S if alive is None else 1.0
         with self._lock:
             self._waiting.setdefault(id, []).append(woken)
         try:
@@ -69,12 +66,11 @@ class Ends:
                 looked_s = time.monotonic()
                 while not woken.is_set():
                     now_s = time.monotonic()
-                    left_s = None if over_s is None else over_s - now_s
-                    if (left_s is not None and left_s <= 0) or (alive is not None and not alive()):
+                    if now_s >= over_s or (alive is not None and not alive()):
                         return None
-                    if look_s is not None and now_s - looked_s >= look_s:
+                    if now_s - looked_s >= LOOK_S:
                         break
-                    woken.wait(min((s for s in (left_s, step_s) if s is not None), default=None))
+                    woken.wait(min(over_s - now_s, step_s))
         finally:
             with self._lock:
                 self._waiting[id].remove(woken)

@@ -6,11 +6,8 @@ the statements are in `statements`, what they mean in `batch`.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import random
-import socket
 import threading
 import time
 from collections import deque
@@ -19,7 +16,7 @@ from typing import Any, NoReturn, Protocol
 
 import sqlalchemy as sa
 
-from upq.db import CONNECT_S, STATEMENT_S, Database, one_line
+from upq.db import CONNECT_S, Database, one_line
 from upq.errors import RequestError, Unavailable, Uncertain, UpqError
 from upq.sql import Sql, Tx
 
@@ -107,9 +104,8 @@ class Writer:
         #: Why the database cannot be written to, "" while it can.
         self.trouble = ""
         self._tried_s = 0.0
-        # When the transaction under way has begun.
-        self._since_s: float | None = None
-        self._took_s = 0.0
+        # When the latest transaction has begun.
+        self._began_s = 0.0
         # Transactions in a row that lost a connection which had just answered.
         self._broken = 0
         #: Raised each time the database has come back.
@@ -296,30 +292,8 @@ class Writer:
             log.exception("what follows a commit failed")
         return applied
 
-    def break_off(self) -> None:
-        """Cut the connection when the server has not answered for STATEMENT_S; from any thread.
-
-        Only for PostgreSQL, whose driver would wait for ever: its time limits are the server's.
-        """
-        raw, since_s = self._raw, self._since_s
-        if raw is None or since_s is None or time.monotonic() - since_s < STATEMENT_S:
-            return
-        log.warning("the database has not answered for %d s", STATEMENT_S)
-        with (
-            contextlib.suppress(OSError, *self._errors),
-            socket.socket(fileno=os.dup(raw.dbapi_connection.fileno())) as sock,
-        ):
-            sock.shutdown(socket.SHUT_RDWR)
-
     def _once(self, changes: Sequence[Any], alone: bool) -> Applied:
-        self._since_s = time.monotonic()
-        try:
-            return self._do(changes, alone)
-        finally:
-            self._took_s = time.monotonic() - self._since_s
-            self._since_s = None
-
-    def _do(self, changes: Sequence[Any], alone: bool) -> Applied:
+        self._began_s = time.monotonic()
         raw = self._connect()
         tx = Tx(self._database.dialect, raw.cursor(), alone)
         if self._database.kind == "sqlite":
@@ -391,12 +365,15 @@ class Writer:
             raise Replay(one_line(error)) from error
         answered = self._raw is not None
         self._down(error)
-        # After a hang nobody asks: those who wait have waited long enough.
-        if gone and answered and self._took_s < CONNECT_S and self._answers():
+        if gone and answered and self._may_ask() and self._answers():
             self._broken += 1
             if alone and self._broken > SUSPICIOUS:
                 raise Replay(one_line(error)) from error
         raise Unavailable(self.trouble) from error
+
+    def _may_ask(self) -> bool:
+        """After a hang nobody asks: those who wait have waited long enough."""
+        return time.monotonic() - self._began_s < CONNECT_S
 
     def _answers(self) -> bool:
         """Whether the database is there all the same: then it was a change that broke it."""
@@ -414,7 +391,7 @@ class Writer:
         """
         proof = applied.proof() if applied is not None else None
         self._drop(UpqError("commit failed"))
-        if proof is None or self._database.kind == "sqlite":
+        if proof is None or self._database.kind == "sqlite" or not self._may_ask():
             return False
         sql, params = proof
         try:
