@@ -541,6 +541,7 @@ FAULTS = [
     ("[tokens]\nd = 3\n[job a]\nneeds = d:1 d:2", 4, "needs: d stands there twice"),
     ("[job a]\nrate = 0/s", 2, "rate: a rate of 0 lets nothing start"),
     ("[job a]\nrate = 10/min burst 0", 2, "rate: a burst of 0 lets nothing start"),
+    ("[job a]\nrate = 10/min per {host}", 2, "rate: per {host}: not yet available"),
     ("[job a]\nrate = 10/week", 2, "rate: '10/week' is not a rate such as 100/s"),
     ("[job a]\nrate = 2000000/s", 2, "rate: '2000000/s' is more than a million a second"),
     ("[job a]\nwindow = 22:00", 2, "window: '22:00' is not a window such as 22:00-06:00"),

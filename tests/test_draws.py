@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from upq.draws import Allowance, Level, Limits, Plan, Token, choose
+from upq.draws import Allowance, Bounds, Level, Plan, Token, choose
 
 MINUTE = 60_000_000
 NOW = 10**15
@@ -121,7 +121,7 @@ def test_a_type_with_few_places_is_passed_over() -> None:
 
 def test_rates_and_tokens_bound_what_is_taken() -> None:
     disk = Token("disk", "key", 5, {"a": 2, "b": 1})
-    limits = {"a": Limits(tokens=(disk,)), "b": Limits(tokens=(disk,))}
+    limits = {"a": Bounds(tokens=(disk,)), "b": Bounds(tokens=(disk,))}
     lanes = Lanes()
     a = [lanes.add(1, type="a") for _ in range(4)]
     b = [lanes.add(2, type="b") for _ in range(4)]

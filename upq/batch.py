@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from upq import statements as st
-from upq.draws import Allowance, Draw, Limits, Plan, Spent, choose
+from upq.draws import Allowance, Bounds, Draw, Plan, Spent, choose
 from upq.errors import KeyConflict, NotFound, RequestError
 from upq.events import Event
 from upq.job import (
@@ -417,7 +417,7 @@ class Batch:
             self.tx.run(st.ADD_LIMIT, name=key, at=0)
         return int(found[0][0]) if found else 0
 
-    def _tokens_in_use(self, bounded: dict[str, Limits]) -> dict[str, int]:
+    def _tokens_in_use(self, bounded: dict[str, Bounds]) -> dict[str, int]:
         """By token: those of all that runs, also elsewhere; their limits are locked."""
         tokens = {token.name: token for limits in bounded.values() for token in limits.tokens}
         if not tokens:
@@ -534,7 +534,7 @@ class Batch:
             self.tx.run_rows(st.BLOCK_JOBS, sorted(reasons.items()))
 
 
-def limit_keys(bounded: dict[str, Limits]) -> list[str]:
+def limit_keys(bounded: dict[str, Bounds]) -> list[str]:
     """In the order in which all transactions lock them."""
     keys = {token.key for limits in bounded.values() for token in limits.tokens}
     return sorted(keys | {limits.rate_key for limits in bounded.values() if limits.rate})

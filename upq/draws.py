@@ -47,7 +47,7 @@ class Token(NamedTuple):
     users: Mapping[str, int]
 
 
-class Limits(NamedTuple):
+class Bounds(NamedTuple):
     """What bounds the starts of one type in the whole database."""
 
     rate: Rate | None = None
@@ -76,7 +76,7 @@ class Plan:
     """In which order the lanes of a pool are to be drawn from."""
 
     levels: Sequence[Level]
-    limits: Mapping[str, Limits] = field(default_factory=dict)
+    bounds: Mapping[str, Bounds] = field(default_factory=dict)
     #: Places that are left for types that have only so many of the pool's.
     most: Mapping[str, int] = field(default_factory=dict)
     #: A job that has waited so long goes one level, or one step of priority, higher; 0: never.
@@ -86,10 +86,10 @@ class Plan:
     #: By level: what each has to its credit of its share.
     credit: dict[str, int] = field(default_factory=dict)
 
-    def bounded(self) -> dict[str, Limits]:
+    def bounded(self) -> dict[str, Bounds]:
         """The limits of the types that are drawn from."""
         types = {type for level in self.levels for _, type in level.lanes}
-        return {type: self.limits[type] for type in types if type in self.limits}
+        return {type: self.bounds[type] for type in types if type in self.bounds}
 
 
 class Allowance:
@@ -100,19 +100,19 @@ class Allowance:
     ) -> None:
         self._most = dict(plan.most)
         self._rates = dict(rates)
-        self._limits = plan.limits
+        self._bounds = plan.bounds
         self._free = {
             token.name: token.total - tokens_in_use[token.name]
-            for limits in plan.limits.values()
-            for token in limits.tokens
+            for bounds in plan.bounds.values()
+            for token in bounds.tokens
             if token.name in tokens_in_use
         }
 
     def left(self, type: str, room: int) -> int:
         """How many more of a type there may be, at most `room`."""
         left = min(room, self._most.get(type, room), self._rates.get(type, room))
-        if type in self._limits:
-            for token in self._limits[type].tokens:
+        if type in self._bounds:
+            for token in self._bounds[type].tokens:
                 left = min(left, self._free[token.name] // token.users[type])
         return max(left, 0)
 
@@ -120,20 +120,20 @@ class Allowance:
         for left in (self._most, self._rates):
             if type in left:
                 left[type] -= 1
-        if type in self._limits:
-            for token in self._limits[type].tokens:
+        if type in self._bounds:
+            for token in self._bounds[type].tokens:
                 self._free[token.name] -= token.users[type]
 
     def spent(self, type: str, at: int) -> Spent | None:
         """What keeps one more of the type from starting; `at` is what its rate has come to."""
-        limits = self._limits[type]
-        for token in limits.tokens:
+        bounds = self._bounds[type]
+        for token in bounds.tokens:
             free, need = self._free[token.name], token.users[type]
             if free < need:
                 return Spent(f"it needs {token.name}:{need}, {free} of {token.total} are free", 0)
-        if limits.rate and not self._rates[type]:
-            until = limits.rate.free_at(at)
-            return Spent(f"rate {limits.rate.text} is used up until {when.iso(until)}", until)
+        if bounds.rate and not self._rates[type]:
+            until = bounds.rate.free_at(at)
+            return Spent(f"rate {bounds.rate.text} is used up until {when.iso(until)}", until)
         return None
 
 

@@ -15,7 +15,7 @@ from upq import when
 from upq.access import Principals
 from upq.command import Lifeline, command_type
 from upq.config import JobSettings, Mail, PoolSettings, Settings
-from upq.draws import Level, Limits, Plan, Token
+from upq.draws import Bounds, Level, Plan, Token
 from upq.errors import BadParams, Broken, Disabled, Refused, RequestError, UnknownCommand
 from upq.gates import Closed
 from upq.job import Job
@@ -220,10 +220,10 @@ class Rules:
         self._pools = settings.pools_here
         self._elsewhere = {n: p for n, p in settings.pools.items() if n not in self._pools}
         self._gates = {name: cfg.gates for name, cfg in settings.jobs.items() if cfg.gates}
-        self._limits = limits_of(settings)
+        self._bounds = bounds_of(settings)
         # By queue: its pool on this node, and else one that only others serve.
         self._found: dict[str, tuple[PoolSettings | None, str]] = {}
-        self._plain = not self._pools and not self._limits
+        self._plain = not self._pools and not self._bounds
 
     def _find(self, queue: str) -> tuple[PoolSettings | None, str]:
         found = self._found.get(queue)
@@ -259,7 +259,7 @@ class Rules:
         pool = self._find(lane.queue)[0]
         if pool is not None:
             return pool_key(pool.name)
-        return lane.type if lane.type in self._limits else ""
+        return lane.type if lane.type in self._bounds else ""
 
     def pool_name(self, lane: Lane) -> str:
         """The [pool] whose places the lane's jobs get; "" for those of their type."""
@@ -271,7 +271,7 @@ class Rules:
         found = next((one for one in self._pools.values() if pool_key(one.name) == pool), None)
         if found is None:
             level = Level(pool, tuple((lane.id, lane.type) for lane in lanes))
-            return Plan([level], self._limits)
+            return Plan([level], self._bounds)
         sorted_in: dict[int, list[tuple[int, str]]] = {}
         for lane in lanes:
             depth = found.level(lane.queue)
@@ -287,7 +287,7 @@ class Rules:
                 Level(pattern.text, tuple(sorted_in.get(n, ())))
                 for n, pattern in enumerate(found.queues)
             ]
-        return Plan(levels, self._limits, ageing_us=round(found.ageing_s * 1e6),
+        return Plan(levels, self._bounds, ageing_us=round(found.ageing_s * 1e6),
                     by_weight=found.by_weight)  # fmt: skip
 
     def order(self, pool: PoolSettings) -> Callable[[Job], Any] | None:
@@ -315,7 +315,7 @@ def pool_key(name: str) -> str:
     return f"pool {name}"
 
 
-def limits_of(settings: Settings) -> dict[str, Limits]:
+def bounds_of(settings: Settings) -> dict[str, Bounds]:
     """By type, of those that have any."""
     users: dict[str, dict[str, int]] = {}
     for cfg in settings.jobs.values():
@@ -326,7 +326,7 @@ def limits_of(settings: Settings) -> dict[str, Limits]:
         for name in users
     }
     return {
-        cfg.name: Limits(
+        cfg.name: Bounds(
             cfg.rate,
             # A rate that is changed starts anew.
             digest("rate", cfg.name, repr(cfg.rate)) if cfg.rate else "",

@@ -266,6 +266,12 @@ def _amounts(text: str) -> dict[str, int]:
     return found
 
 
+def _rate(text: str) -> Rate:
+    if match := re.search(r"\sper\s.*", text):
+        raise ValueError(f"{match[0].strip()}: {NOT_YET}")
+    return Rate.parse(text)
+
+
 def _load(text: str) -> Load:
     if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text) or not float(text):
         raise ValueError(f"{shown(text)} is not a load above 0, such as 4 or 1.5")
@@ -299,7 +305,7 @@ EXIT_CODES: Kind[tuple[int, ...]] = Kind("whole numbers", _exit_codes, ())
 QUEUE = Kind("queue", queue_template, "")
 PATTERNS: Kind[tuple[Pattern, ...]] = Kind("queues", _patterns, ())
 NAMES_HERE: Kind[tuple[str, ...] | None] = Kind("names", _list, None)
-RATE: Kind[Rate | None] = Kind("rate", Rate.parse, None)
+RATE: Kind[Rate | None] = Kind("rate", _rate, None)
 AMOUNTS: Kind[dict[str, int]] = Kind("token:number ...", _amounts, {})
 WINDOW: Kind[Window | None] = Kind("times", Window.parse, None)
 LOAD: Kind[Load | None] = Kind("number", _load, None)
