@@ -191,7 +191,8 @@ class Claimer:
                 self._spent[type] = found
             else:
                 self._spent.pop(type, None)
-        if any(spent.values()) and threading.get_ident() != self._thread:
+        timed = any(found and found.until for found in spent.values())
+        if timed and threading.get_ident() != self._thread:
             # It has to be asked again at that time.
             self._wake.set()
 

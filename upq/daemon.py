@@ -52,10 +52,11 @@ DAMAGED = 65
 #: Failures of one of the daemon's own threads after which it gives up.
 ROLE_FAILURES = 5
 #: What a reload takes over of sections that are else fixed until a restart.
-LIVE = {"node": ("pools",), 
+LIVE = {
     "daemon": ("grace_s",),
     "db": ("debug", "keep_done_s", "keep_failed_s"),
     "listen": ("max_queue",),
+    "node": ("pools",),
 }
 #: Seconds that commands have to obey TERM when the grace of a stop is over.
 LAST_GRACE_S = 1.0

@@ -178,7 +178,8 @@ class Dispatcher:
         if size > RESULT_LIMIT_BYTES:
             raise TooLong(f"the params have {size} bytes, more than {RESULT_LIMIT_BYTES}")
         new.priority = kind.cfg.priority
-        self._set_queue(new, kind, new.queue)
+        if kind.cfg.queue or new.queue:
+            self._set_queue(new, kind, new.queue)
         if kind.checks:
             self._ask(kind, new.params)
         stored = self._queue.submit([[new]])[0]
@@ -398,6 +399,10 @@ class Dispatcher:
         self._must_read(peer)
         queue = args.pop("queue", None)
         only = None if queue is None else self._lanes_of(queue)
+        types = {self._queue.lanes[id].type for id in only or ()}
+        if len(types) == 1:
+            # There is an index on types.
+            args.setdefault("type", *types)
         return {"jobs": self._views.jobs(self._queue.lanes, only=only, **args)}
 
     def _lanes_of(self, queue: str) -> list[int]:
