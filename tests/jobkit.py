@@ -28,7 +28,7 @@ class FakeDesk:
         #: Says why a job that is enqueued is refused; "" when it is not.
         self.judge: Callable[[str, dict[str, Any]], str] = lambda jobname, params: ""
 
-    def enqueue(self, parent: UpqJob, jobname: str, params: dict[str, Any]) -> Any:
+    def enqueue(self, parent: UpqJob, jobname: str, params: dict[str, Any], queue: str = "") -> Any:
         if why := self.judge(jobname, params):
             raise Refused(why)
         self.enqueued.append((jobname, params))

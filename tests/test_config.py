@@ -519,7 +519,45 @@ FAULTS = [
     (f"[job {'a' * 65}]", 1, "is not a-z"),
     ("[job status]", 1, "status is a verb of the protocol and cannot be a job type"),
     ("[http]", 1, "[http]: not yet available in this version"),
-    ("[pool a]", 1, "[pool a]: not yet available in this version"),
+    ("[pool]\nqueues = a", 1, "[pool] needs a name: [pool storage]"),
+    ("[pool a b]\nqueues = a", 1, "pool 'a b' is not a name of letters, digits"),
+    ("[pool a]", 1, "[pool a] has no queues"),
+    ("[pool a]\nqueues = a:2 b", 2, "queues: some have a weight and some have not"),
+    ("[pool a]\nqueues = a:0", 2, "queues: 0 is not between 1 and 1000"),
+    ("[pool a]\nqueues = a b a", 2, "queues: names the same queues twice"),
+    ("[pool a]\nqueues = a {b}", 2, "queues: '{b}' is not a queue's name"),
+    ("[pool a]\nqueues = a:2 b:1\nageing = 1m", 3, "ageing: is for queues in order"),
+    ("[pool a]\nqueues = a\nageing = 10ms", 3, "ageing: has to be 1 s or more"),
+    ("[pool a]\nqueues = a\nconcurent = 2", 3, "no setting 'concurent' in [pool a] (did you"),
+    ("[tokens]\ndisk = 0", 2, "disk: 0 is not between 1 and"),
+    ("[tokens]\nDisk-io = 1", 2, "disk-io: is not a name of a-z, 0-9 and _"),
+    ("[tokens]\ndisk = 1\n[job a]\nneeds = disc:1", 4, "needs: no disc in [tokens] (did you"),
+    (
+        "[tokens]\ndisk = 1\n[job a]\nneeds = disk:2",
+        4,
+        "needs: disk:2 can never be met, [tokens] disk = 1",
+    ),
+    ("[job a]\nneeds = disk:0", 2, "needs: 0 is not between 1 and"),
+    ("[tokens]\nd = 3\n[job a]\nneeds = d:1 d:2", 4, "needs: d stands there twice"),
+    ("[job a]\nrate = 0/s", 2, "rate: a rate of 0 lets nothing start"),
+    ("[job a]\nrate = 10/min burst 0", 2, "rate: a burst of 0 lets nothing start"),
+    ("[job a]\nrate = 10/min per {host}", 2, "rate: per {host}: not yet available"),
+    ("[job a]\nrate = 10/week", 2, "rate: '10/week' is not a rate such as 100/s"),
+    ("[job a]\nrate = 2000000/s", 2, "rate: '2000000/s' is more than a million a second"),
+    ("[job a]\nwindow = 22:00", 2, "window: '22:00' is not a window such as 22:00-06:00"),
+    ("[job a]\nwindow = 22:00-25:00", 2, "window: '22:00-25:00' is not between 00:00 and 24:00"),
+    ("[job a]\nwindow = 6:00-06:00", 2, "window: '6:00-06:00' is never open; all day is"),
+    ("[job a]\nwindow = mon-fry 6:00-7:00", 2, "window: 'mon-fry' is not a day such as mon"),
+    ("[job a]\nwindow = 6:00-7:00 Europe/Berlim", 2, "window: no time zone 'Europe/Berlim'"),
+    ("[job a]\nload_below = 0", 2, "load_below: '0' is not a load above 0"),
+    ("[job a]\nmin_free = srv 20G", 2, "min_free: 'srv 20G' is not a folder and a size"),
+    ("[job a]\nmin_free = /srv", 2, "min_free: '/srv' is not a folder and a size"),
+    ("[job a]\nmin_free = / 900000T", 2, "min_free: / can never have 9e+05T free: it has"),
+    ("[job a]\nqueue = a b", 2, "queue: 'a b' is not a queue's name: A-Z a-z 0-9"),
+    ("[job a]\nqueue = a.{b", 2, "queue: 'a.{b' has a lone brace"),
+    (f"[job a]\nqueue = {'a' * 256}", 2, "has more than 255 characters"),
+    ("[job a]\nparams = fid\nqueue = a.{fed}", 3, "queue: no parameter 'fed' (did you mean fid?)"),
+    ("[job a]\nparams = fid\nsecret = fid\nqueue = a.{fid}", 4, "queue: fid is secret, and"),
     ("[autoscale a]\nmin = 1", 1, "[autoscale a]: not yet available in this version"),
     # Keys
     ("[db]\nulr = x", 2, "no setting 'ulr' in [db] (did you mean url?)"),
@@ -527,7 +565,7 @@ FAULTS = [
     ("[mail]\nzzz = x", 2, "no setting 'zzz' in [mail]"),
     ("[listen]\ntls = yes", 2, "tls: not yet available in this version"),
     ("[daemon]\nmax_abandoned = 5", 2, "max_abandoned: not yet available in this version"),
-    ("[node]\npools = x", 2, "pools: not yet available in this version"),
+    ("[node]\npools = x\n[pool y]\nqueues = a", 2, "pools: no [pool x]"),
     ("[job a]\nschedule = 5 4 * * *", 2, "schedule: not yet available in this version"),
     ("[job a]\non_fail = b", 2, "on_fail: not yet available in this version"),
     # Values
@@ -697,7 +735,7 @@ def test_a_file_that_cannot_be_read_is_one_fault(
 
 def test_every_field_is_declared_or_made_by_load() -> None:
     made = {"others", "name", "file", "line", "variables", "missing"}
-    for section in (*config.SECTIONS.values(), JobSettings):
+    for section in (*config.SECTIONS.values(), *config.OTHER_SECTIONS.values()):
         names = {field.name for field in dataclasses.fields(section)}
         assert names - {each.name for each in config.declared(section).values()} <= made
     assert list(config.SECTIONS) == [
@@ -706,7 +744,8 @@ def test_every_field_is_declared_or_made_by_load() -> None:
 
 
 def test_every_setting_has_a_meaning_and_is_not_reserved() -> None:
-    for name, section in (*config.SECTIONS.items(), ("job", JobSettings)):
+    sections = {**config.SECTIONS, **config.OTHER_SECTIONS}
+    for name, section in ((name.partition(" ")[0], one) for name, one in sections.items()):
         declared = config.declared(section)
         assert not set(declared) & set(config.LATER.get(name, ()))
         assert all(each.meaning.endswith(".") for each in declared.values())
@@ -721,7 +760,8 @@ def test_each_setting_is_described_on_one_line() -> None:
     lines = config.describe().splitlines()
     assert any(line.startswith("[listen] idle = 5m ") for line in lines)
     assert len(lines) == sum(
-        len(config.declared(section)) for section in (*config.SECTIONS.values(), JobSettings)
+        len(config.declared(section))
+        for section in (*config.SECTIONS.values(), *config.OTHER_SECTIONS.values())
     )
 
 

@@ -28,7 +28,7 @@ class Office:
         store.queue._bus.subscribe(self.ends.hear)
         self.desk = JobDesk(store.queue, store.views, self.ends, self._pool, self)  # type: ignore[arg-type]
 
-    def _pool(self, name: str) -> Pool | None:
+    def _pool(self, name: str, token: int) -> Pool | None:
         return self.pool if name == "hash" else None
 
     def submit_child(self, new: NewJob) -> Accepted:

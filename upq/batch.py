@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from upq import statements as st
+from upq.draws import Allowance, Bounds, Draw, Plan, Spent, choose
 from upq.errors import KeyConflict, NotFound, RequestError
 from upq.events import Event
 from upq.job import (
@@ -40,6 +41,10 @@ LEASE_S = 30
 EVENT_MESSAGE = 4000
 
 
+#: So many jobs of a lane, or whatever goes first in a pool.
+Want = tuple[int, int] | Draw
+
+
 @dataclass(slots=True)
 class Submit:
     """Jobs to insert, all or none; `rows` are in the order of SUBMITTED."""
@@ -60,9 +65,9 @@ class Submit:
 
 @dataclass(slots=True)
 class Claim:
-    """(lane, how many) pairs to claim, in the order of preference."""
+    """What to claim, in the order of preference."""
 
-    wants: list[tuple[int, int]]
+    wants: list[Want]
     size_bytes: int = 0
 
     def instead(self, error: Exception) -> None:
@@ -119,8 +124,11 @@ class Home(Protocol):
     owner: str
     node_name: str
 
-    def book(self, lanes: set[int]) -> list[tuple[int, int]]:
+    def book(self, lanes: set[int]) -> list[Want]:
         """Places that jobs just queued in these lanes may take at once: (lane, how many)."""
+
+    def plan(self, draw: Draw, queued: set[int]) -> Plan:
+        """What to draw from now, when these lanes have just got jobs."""
 
     def note(self, batch: Batch, committed: bool) -> None:
         """Hear how the batch has ended."""
@@ -148,8 +156,13 @@ class Batch:
         #: Ends refused because another claim owns the job; for the others see `Queue`.
         self.fenced = self.given_back = self.retried = self.truncated = 0
         #: Places booked for jobs that this batch has queued, and what was claimed for them.
-        self.booked: list[tuple[int, int]] = []
+        self.booked: list[Want] = []
         self.claimed: list[tuple[Any, int, int]] = []
+        #: Lanes that were drawn from, and of these the ones that may have more.
+        self.drawn: set[int] = set()
+        self.again: set[int] = set()
+        #: By type, of those with limits: what keeps the next one from starting.
+        self.spent: dict[str, Spent | None] = {}
         self._told: list[tuple[Callable[[bool], None], bool]] = []
         self._first = 0
 
@@ -199,9 +212,7 @@ class Batch:
 
         Numbers are taken just before the commit, so that their order is the order of the commits.
         """
-        changed = sorted((lane_id, state, n) for (lane_id, state), n in self.tally.items() if n)
-        if changed:
-            self.tx.run_rows(st.CHANGE_TALLY, changed)
+        self._change_tally()
         if self.events:
             self._first = self.numbers("event", len(self.events))
             self.tx.run_rows(
@@ -211,6 +222,12 @@ class Batch:
                     for n, e in enumerate(self.events, self._first)
                 ],
             )
+
+    def _change_tally(self) -> None:
+        changed = sorted((lane_id, state, n) for (lane_id, state), n in self.tally.items() if n)
+        if changed:
+            self.tx.run_rows(st.CHANGE_TALLY, changed)
+        self.tally.clear()
 
     def numbers(self, name: str, k: int) -> int:
         """The first of k new numbers of a counter."""
@@ -326,11 +343,22 @@ class Batch:
             if self.booked:
                 self.claimed = self._claim(self.booked)
 
-    def _claim(self, wants: list[tuple[int, int]]) -> list[tuple[Any, int, int]]:
+    def _claim(self, wants: list[Want]) -> list[tuple[Any, int, int]]:
         """Rows of CLAIMED, each with its token and the time of the claim."""
         picked: list[Any] = []
-        for lane_id, free in wants:
-            picked += self.tx.fetch(st.PICK_CLAIMABLE, lane=lane_id, free=free)
+        draws: list[Draw] = []
+        for want in wants:
+            if isinstance(want, Draw):
+                draws.append(want)
+            else:
+                lane_id, free = want
+                picked += self.tx.fetch(st.PICK_CLAIMABLE, lane=lane_id, free=free)
+        claimed = self._start(picked)
+        for draw in draws:
+            claimed += self._start(self._draw(draw))
+        return claimed
+
+    def _start(self, picked: list[Any]) -> list[tuple[Any, int, int]]:
         if not picked:
             return []
         tokens = new_tokens(len(picked))
@@ -347,6 +375,60 @@ class Batch:
             self.tally[lane_id, QUEUED] -= n
             self.tally[lane_id, RUNNING] += n
         return [(row, token, now) for row, token in zip(picked, tokens, strict=True)]
+
+    def _draw(self, draw: Draw) -> list[Any]:
+        """The rows for the places of a pool, within the limits of the whole database."""
+        plan = self._home.plan(draw, {e.lane for e in self.events if e.state == QUEUED})
+        self.drawn |= draw.lanes
+        bounded = plan.bounded()
+        at = {key: self._lock_limit(key) for key in limit_keys(bounded)}
+        rates = {
+            type: limits.rate.allowed(at[limits.rate_key], self.now)
+            for type, limits in bounded.items()
+            if limits.rate
+        }
+        allowance = Allowance(plan, rates, self._tokens_in_use(bounded))
+        rows = choose(plan, draw.room, allowance, self._fetch, self.now)
+        started = Counter(row[2] for row in rows)
+        for type, limits in bounded.items():
+            key = limits.rate_key
+            if limits.rate and started[type]:
+                at[key] = limits.rate.after(at[key], self.now, started[type])
+                self.tx.run(st.SET_LIMIT, name=key, at=at[key])
+            self.spent[type] = allowance.spent(type, at.get(key, 0))
+        full = len(rows) == draw.room
+        self.again |= {
+            lane_id
+            for level in plan.levels
+            for lane_id, type in level.lanes
+            if full or not allowance.left(type, 1)
+        }
+        return rows
+
+    def _fetch(self, lane_id: int, free: int, above: int | None) -> list[Any]:
+        if above is None:
+            return self.tx.fetch(st.PICK_CLAIMABLE, lane=lane_id, free=free)
+        return self.tx.fetch(st.PICK_ABOVE, lane=lane_id, free=free, above=above)
+
+    def _lock_limit(self, key: str) -> int:
+        """What a limit has come to; no other transaction decides by it before this one ends."""
+        found = self.tx.fetch(st.LOCK_LIMIT, name=key)
+        if not found:
+            self.tx.run(st.ADD_LIMIT, name=key, at=0)
+        return int(found[0][0]) if found else 0
+
+    def _tokens_in_use(self, bounded: dict[str, Bounds]) -> dict[str, int]:
+        """By token: those of all that runs, also elsewhere; their limits are locked."""
+        tokens = {token.name: token for limits in bounded.values() for token in limits.tokens}
+        if not tokens:
+            return {}
+        self._change_tally()
+        types = sorted({(type,) for token in tokens.values() for type in token.users})
+        running = dict(self.tx.fetch_rows(st.RUNNING_OF_TYPES, types))
+        return {
+            name: sum(int(running.get(type, 0)) * need for type, need in token.users.items())
+            for name, token in tokens.items()
+        }
 
     def _finish(self, finishes: list[Finish]) -> list[bool]:
         self.ended = [one.job.token for one in finishes]
@@ -450,6 +532,12 @@ class Batch:
         }
         if reasons:
             self.tx.run_rows(st.BLOCK_JOBS, sorted(reasons.items()))
+
+
+def limit_keys(bounded: dict[str, Bounds]) -> list[str]:
+    """In the order in which all transactions lock them."""
+    keys = {token.key for limits in bounded.values() for token in limits.tokens}
+    return sorted(keys | {limits.rate_key for limits in bounded.values() if limits.rate})
 
 
 def waits_reason(ids: Sequence[int]) -> str:

@@ -7,12 +7,16 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection
+from typing import Protocol
 
 from upq import when
+from upq.batch import Want
+from upq.draws import Draw, Plan, Spent
 from upq.errors import RequestError
+from upq.gates import Closed
 from upq.job import Job
 from upq.plugins import UpqJob
-from upq.pool import Pool
+from upq.pool import Pool, SharedPool
 from upq.queue import Lane, Queue
 from upq.runner import Runner
 
@@ -27,6 +31,32 @@ RETRY_S, POLL_S = 0.5, 2.0
 DOUBT_S, DOUBT_LOOK_S = 60.0, 1.0
 
 
+class Rules(Protocol):
+    """How the configuration orders and limits the claims."""
+
+    def pool_of(self, lane: Lane) -> str:
+        """The pool whose places are filled by draws; "" where a lane's type has its own."""
+
+    def plan(self, pool: str, lanes: Collection[Lane]) -> Plan:
+        """In which order a pool draws from these of its lanes."""
+
+    def gate(self, lane: Lane) -> Closed | None:
+        """The gate that keeps a lane's jobs from starting now."""
+
+
+class NoRules:
+    """Each type has its own places, and nothing limits the starts."""
+
+    def pool_of(self, lane: Lane) -> str:
+        return ""
+
+    def plan(self, pool: str, lanes: Collection[Lane]) -> Plan:
+        return Plan([])
+
+    def gate(self, lane: Lane) -> Closed | None:
+        return None
+
+
 class Claimer:
     """One for the daemon; `run` is its thread.
 
@@ -37,6 +67,11 @@ class Claimer:
         self._queue = queue
         self._runner = runner
         self._hold = hold
+        self._rules: Rules = NoRules()
+        # By type: the limit that was met when it was last drawn from.
+        self._spent: dict[str, Spent] = {}
+        # By pool that goes by weights: what each of its levels has to its credit.
+        self._credit: dict[str, dict[str, int]] = {}
         self._wake = threading.Event()
         #: Lanes that may have something to claim; all others are left alone.
         self._hot: set[int] = set()
@@ -50,9 +85,10 @@ class Claimer:
         self._ticks = itertools.count(1)
         self._looked_s = self._strays_s = 0.0
         self._stop = False
+        self._thread = 0
         #: No claims while drained; ends are still committed.
         self.drained = False
-        #: By type; replaced as a whole, never changed.
+        #: By type, and as `pool <name>`; replaced as a whole, never changed.
         self.pools: dict[str, Pool] = {}
         #: When the loop last came round, by time.monotonic.
         self.ticked_s = time.monotonic()
@@ -61,50 +97,155 @@ class Claimer:
 
     # Told from outside
 
+    def configure(self, pools: dict[str, Pool], rules: Rules) -> None:
+        """Take over a configuration. Pools that were there are among the new ones."""
+        self.pools = pools
+        self._rules = rules
+        self._spent, self._credit = {}, {}
+
     def wake(self) -> None:
         self._wake.set()
 
-    def pool(self, name: str) -> Pool | None:
-        return self.pools.get(name)
+    def pool(self, type: str, token: int) -> Pool | None:
+        """The pool that runs a job, else that of its type."""
+        own = self.pools.get(type)
+        if own is not None and own.job(token) is not None:
+            return own
+        return next((pool for pool in self.pools.values() if pool.job(token) is not None), own)
+
+    def pool_of(self, lane: Lane) -> Pool | None:
+        """Whose places the jobs of a lane get."""
+        return self.pools.get(self._rules.pool_of(lane) or lane.type)
+
+    def cancel(self, lane: Lane, token: int) -> None:
+        """Ask a claimed job to end."""
+        pool = self.pool(lane.type, token)
+        if pool is None or pool.job(token) is None:
+            pool = self.pool_of(lane)
+        if pool is not None:
+            pool.cancel(token)
+
+    def reason(self, lane: Lane) -> str:
+        """Why the jobs of a lane are passed over now; "" when it is for places only."""
+        held = self._hold(lane)
+        if not held and (spent := self._spent.get(lane.type)):
+            return spent.reason if not spent.until or spent.until > when.now() else ""
+        return held
 
     def heat(self, lanes: Collection[int] | None = None) -> None:
         """These lanes, or all, may have something to claim."""
         self._hot |= set(self._queue.lanes if lanes is None else lanes)
         self._wake.set()
 
-    def book(self, lanes: set[int]) -> list[tuple[int, int]]:
+    def book(self, lanes: set[int]) -> list[Want]:
         """Set aside what room there is for jobs of these lanes. `settle` ends it."""
         if self.drained or self._stop:
             return []
-        booked = []
+        booked: list[Want] = []
+        draws: set[str] = set()
         # Queues of one type take turns at its places.
         for lane_id in sorted(lanes, key=lambda id: (self._turns.get(id, 0), id)):
             lane = self._queue.lanes.get(lane_id)
-            pool = self.pools.get(lane.type) if lane else None
-            if lane and pool and not self._hold(lane) and (room := pool.book()):
+            if lane is None or self._hold(lane):
+                continue
+            if shared := self._rules.pool_of(lane):
+                if not self._waits(lane.type):
+                    draws.add(shared)
+                continue
+            pool = self.pools.get(lane.type)
+            if pool and (room := pool.book()):
                 booked.append((lane_id, room))
                 self._turns[lane_id] = next(self._ticks)
+        for name in sorted(draws):
+            pool = self.pools.get(name)
+            if pool and (room := pool.book()):
+                booked.append(Draw(name, room))
         return booked
 
-    def settle(self, queued: set[int], booked: list[tuple[int, int]], jobs: list[Job]) -> None:
+    def plan(self, draw: Draw, queued: set[int]) -> Plan:
+        """What to draw from: what is known of when the claim is made, not when it was booked."""
+        lanes = [
+            lane
+            for id in self._hot | queued
+            if (lane := self._queue.lanes.get(id))
+            and self._rules.pool_of(lane) == draw.pool
+            and not self._hold(lane)
+            and not self._waits(lane.type)
+        ]
+        draw.lanes = frozenset(lane.id for lane in lanes)
+        # What is queued from now on heats its lane again.
+        self._hot -= draw.lanes
+        plan = self._rules.plan(draw.pool, lanes)
+        if plan.by_weight:
+            plan.credit = self._credit.setdefault(draw.pool, {})
+        pool = self.pools[draw.pool]
+        if isinstance(pool, SharedPool):
+            plan.most = pool.left()
+        return plan
+
+    def looked(self, again: set[int], spent: dict[str, Spent | None]) -> None:
+        """Hear after the commit what the draws have met."""
+        self._hot |= again
+        for type, found in spent.items():
+            if found is not None:
+                self._spent[type] = found
+            else:
+                self._spent.pop(type, None)
+        timed = any(found and found.until for found in spent.values())
+        if timed and threading.get_ident() != self._thread:
+            # It has to be asked again at that time.
+            self._wake.set()
+
+    def _waits(self, type: str) -> bool:
+        """Whether its rate lets nothing start for a time."""
+        spent = self._spent.get(type)
+        return spent is not None and spent.until > when.now()
+
+    def settle(self, queued: set[int], booked: list[Want], jobs: list[Job]) -> None:
         """Hand out what was claimed for booked room. A lane that may have more is worth a look."""
         got: dict[int, list[Job]] = {}
         for job in jobs:
             got.setdefault(job.lane, []).append(job)
-        full = {lane for lane, room in booked if len(got.get(lane, ())) == room}
-        missed = queued - {lane for lane, _ in booked}
-        if missed:
-            self._missed = True
-        self._hot |= missed | full
+        seen: set[int] = set()
         crowded = False
-        for lane, room in booked:
-            pool = self.pools[self._queue.lanes[lane].type]
-            for job in pool.give(room, got.get(lane, ())):
+        for want in booked:
+            if isinstance(want, Draw):
+                seen |= want.lanes
+                pool, room = self.pools[want.pool], want.room
+                mine = [job for job in jobs if job.lane in want.lanes]
+            else:
+                lane, room = want
+                seen.add(lane)
+                pool = self.pools[self._queue.lanes[lane].type]
+                mine = got.get(lane, [])
+                if len(mine) == room:
+                    self._hot.add(lane)
+            for job in pool.give(room, mine):
                 self._runner.give_back(job, "interrupted")
             crowded = crowded or pool.has_claimed()
+            if pool.was_asked():
+                self._wake.set()
+        missed = queued - seen
+        news = missed - self._hot
+        if missed:
+            self._missed = True
+            self._hot |= missed
         if self._rests and (crowded or (booked and not jobs)):
             # Somebody has to see that what was claimed ahead starts, or that room is free again.
             self._wake.set()
+        if any(map(self._opens_at, news)):
+            # Somebody has to see when the gate opens.
+            self._wake.set()
+
+    def _opens_at(self, lane_id: int) -> int | None:
+        """When a lane that is passed over for a gate or a rate is worth another look."""
+        lane = self._queue.lanes.get(lane_id)
+        if lane is None:
+            return None
+        if closed := self._rules.gate(lane):
+            return closed.until
+        spent = self._spent.get(lane.type)
+        return spent.until if spent is not None and spent.until else None
 
     def drain(self) -> None:
         """Claim nothing more until `drained` is unset; what was claimed ahead is given back."""
@@ -123,6 +264,7 @@ class Claimer:
 
     def run(self) -> None:
         """Until stopped: one step, then sleep until there is something to do."""
+        self._thread = threading.get_ident()
         while not self._stop:
             self.ticked_s = time.monotonic()
             try:
@@ -159,12 +301,14 @@ class Claimer:
             self._hot |= set(queue.lanes)
         self._missed = False
         booked = self.book(set(self._hot))
-        self._hot -= {lane for lane, _ in booked}
+        # The lanes of a draw are hot until it is made.
+        lanes = {want[0] for want in booked if not isinstance(want, Draw)}
+        self._hot -= lanes
         try:
             claimed = queue.claim(booked)
         except RequestError:
             self.settle(set(), booked, [])
-            self._hot |= {lane for lane, _ in booked}
+            self._hot |= lanes
             raise
         self.settle(set(), booked, claimed)
         if self._missed and booked:
@@ -211,6 +355,9 @@ class Claimer:
             waits.append(max(self._queue.next_due - when.now(), 0) / 1e6 + 0.001)
         if self._queue.shared:
             waits.append(POLL_S)
+        opens_at = [at for lane in set(self._hot) if (at := self._opens_at(lane))]
+        if opens_at:
+            waits.append(max(min(opens_at) - when.now(), 0) / 1e6 + 0.001)
         if self.ticked_s - self._queue.writer.doubted_s <= DOUBT_S:
             waits.append(DOUBT_LOOK_S)
         return min(waits, default=None)

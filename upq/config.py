@@ -20,9 +20,11 @@ from typing import Any, NamedTuple, TypeVar
 from upq import when
 from upq.access import unknown_principals
 from upq.errors import ConfigError
+from upq.gates import Free, Gate, Load, Window
 from upq.ini import Ini, Item, Place
 from upq.kinds import (
     ALLOWED,
+    AMOUNTS,
     COMMAND,
     CONCURRENT,
     DATABASE,
@@ -31,32 +33,41 @@ from upq.kinds import (
     EXIT_CODES,
     FACTOR,
     GROUP,
+    LOAD,
     LOG_FORMAT,
     LOOPBACK,
     MAIL_SERVER,
+    MIN_FREE,
     MODE,
     NAME_SET,
     NAMES,
+    NAMES_HERE,
     NODE_NAME,
     NOT_YET,
     PARAMS,
     PATH,
+    PATTERNS,
     PRINCIPALS,
     PRIORITY,
+    QUEUE,
+    RATE,
     SIZE,
     TARGETS,
     TEXT,
     TIME_LIMIT,
     USER,
+    WINDOW,
     YES_NO,
     Address,
     Kind,
+    Pattern,
     number,
     one_of,
 )
 from upq.notify import NOTIFY
-from upq.params import Param, ParamSpec, placeholders, shown, suggest
+from upq.params import Param, ParamSpec, names_in, placeholders, shown, suggest
 from upq.protocol import VERBS
+from upq.rates import Rate
 
 T = TypeVar("T")
 
@@ -211,6 +222,51 @@ class Node:
     """This daemon among others on the same database."""
 
     name: str = setting(NODE_NAME, "", "Unlike all other nodes' names; empty: the host name.")
+    pools: tuple[str, ...] | None = setting(
+        NAMES_HERE,
+        "",
+        "The pools whose jobs run here, those of the others wait for other nodes; empty: all.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Things of which there are only so many for all job types of the database: `disk_io = 2`.
+    A job type says with `needs` how many of which each of its jobs holds while it runs.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSettings:
+    """Places that several queues share. A queue belongs to the first pool of this node that names
+    it; jobs of all other queues run in the places of their type.
+    """
+
+    name: str
+    queues: tuple[Pattern, ...] = setting(
+        PATTERNS,
+        "",
+        "Drained in this order, a queue only while those before it have nothing: `a.high a.low`; or"
+        " by weights, `a:6 b:3`. `*` stands for any characters; queues of one pattern are one.",
+    )
+    concurrent: int = setting(
+        CONCURRENT, "1", "Jobs at a time. `concurrent` of a job type, if written, counts there too."
+    )
+    ageing_s: float = setting(
+        DURATION,
+        "0",
+        "A job that has waited so long goes one level higher, and above the first level 10 steps of"
+        " priority, and so on each time; 0: never. Not with weights.",
+    )
+
+    @property
+    def by_weight(self) -> bool:
+        return any(pattern.weight for pattern in self.queues)
+
+    def level(self, queue: str) -> int | None:
+        """The first pattern that names a queue."""
+        found = (n for n, pattern in enumerate(self.queues) if pattern.matches(queue))
+        return next(found, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +314,33 @@ class JobSettings:
     env: dict[str, str] = setting(ENVIRONMENT, "", "Environment of the command.")
     cwd: str = setting(PATH, "", "Folder the command runs in; empty: the daemon's.")
     priority: int = setting(PRIORITY, "default", "high (10), default (0), low (-10) or a number.")
+    queue: str = setting(
+        QUEUE,
+        "",
+        "The queue of its jobs, each {placeholder} a parameter: `storage.{pool}.high`; empty: one"
+        " with the name of the type.",
+    )
+    rate: Rate | None = setting(
+        RATE,
+        "",
+        "So many starts, on all nodes together: `100/s` `10/min` `5/h` `1/d`. After a rest some may"
+        " start at once: `10/min burst 3`; without it what comes in 0.2 s, at least one.",
+    )
+    needs: dict[str, int] = setting(
+        AMOUNTS, "", "What each job holds of `[tokens]` while it runs: `disk_io:1 license:2`."
+    )
+    window: Window | None = setting(
+        WINDOW,
+        "",
+        "Start jobs at these times only: `22:00-06:00`, `mon-fri 22:00-06:00, sat sun 00:00-24:00"
+        " Europe/Berlin`; without a zone it is the time of this machine.",
+    )
+    load_below: Load | None = setting(
+        LOAD, "", "Start jobs only while the load of the last minute is below."
+    )
+    min_free: tuple[Free, ...] = setting(
+        MIN_FREE, "", "Start jobs only while so much is free on disk: `/srv 20G, /var 1G`."
+    )
     submit: tuple[str, ...] | None = setting(
         ALLOWED, "", "Who may submit it on the UNIX socket; empty: as in `[access]`."
     )
@@ -266,6 +349,11 @@ class JobSettings:
     variables: dict[str, str] = field(default_factory=dict, repr=False)
     #: Neither a file in jobs_dir nor a command: the type cannot run.
     missing: bool = False
+
+    @property
+    def gates(self) -> tuple[Gate, ...]:
+        """All that have to be open for its jobs to start."""
+        return tuple(filter(None, (self.window, self.load_below, *self.min_free)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,6 +373,15 @@ class Settings:
     mail: Mail = Mail()
     node: Node = Node()
     jobs: dict[str, JobSettings] = field(default_factory=dict)
+    #: In the order of the file.
+    pools: dict[str, PoolSettings] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def pools_here(self) -> dict[str, PoolSettings]:
+        """Those that this node serves."""
+        here = self.node.pools
+        return {name: one for name, one in self.pools.items() if here is None or name in here}
 
 
 SECTIONS: dict[str, Any] = {
@@ -298,14 +395,20 @@ SECTIONS: dict[str, Any] = {
     "node": Node,
 }
 
+#: The sections that carry a name, and the one that holds names only.
+OTHER_SECTIONS: dict[str, Any] = {
+    "pool <name>": PoolSettings,
+    "tokens": Tokens,
+    "job <type>": JobSettings,
+}
+
 #: What later versions bring: refused clearly rather than ignored. "" holds sections.
 LATER = {
-    "": ("http", "pool", "schedule", "autoscale", "tokens"),
+    "": ("http", "schedule", "autoscale"),
     "daemon": ("max_abandoned",),
     "listen": ("tls", "tokens"),
-    "node": ("pools",),
     "job": (
-        *("on_fail", "queue", "rate", "unique", "schedule", "executor"),
+        *("on_fail", "unique", "schedule", "executor"),
         *("nice", "memory_limit", "keep", "serial"),
     ),
 }
@@ -426,11 +529,64 @@ def _with_params(job: JobSettings, ini: Ini) -> JobSettings:
     if job.params:
         names = job.params.names
         used = [("command", name) for name in wanted] + [("secret", name) for name in job.secret]
+        used += [("queue", name) for name in names_in(job.queue)]
         for key, name in used:
             if name not in names:
                 place = ini.place(f"job {job.name}", key)
                 ini.fault(place, f"{key}: no parameter {shown(name)}{suggest(name, names)}")
+    for name in sorted(job.secret & set(names_in(job.queue))):
+        place = ini.place(f"job {job.name}", "queue")
+        ini.fault(place, f"queue: {name} is secret, and a queue's name is shown to all")
     return job
+
+
+def _pool(name: str, ini: Ini) -> PoolSettings:
+    section = ini.sections[f"pool {name}"]
+    if not re.fullmatch("[A-Za-z0-9_.-]{1,64}", name):
+        ini.fault(section.place, f"pool {shown(name)} is not a name of letters, digits, _ . and -")
+    pool = _fill(PoolSettings, section.name, ini, name=name)
+    if not section.items.get("queues"):
+        ini.fault(section.place, f"[pool {name}] has no queues")
+    if pool.by_weight and pool.ageing_s:
+        place = ini.place(section.name, "ageing")
+        ini.fault(place, "ageing: is for queues in order; with weights none of them waits for ever")
+    if 0 < pool.ageing_s < 1:
+        ini.fault(ini.place(section.name, "ageing"), "ageing: has to be 1 s or more")
+    return pool
+
+
+def _tokens(ini: Ini) -> dict[str, int]:
+    found = {}
+    for name, item in ini.sections["tokens"].items.items():
+        try:
+            if not re.fullmatch("[a-z][a-z0-9_]{0,31}", name):
+                raise ValueError("is not a name of a-z, 0-9 and _")
+            found[name] = number(1).read(item.text)
+        except ValueError as error:
+            ini.fault(item.place, f"{name}: {error}")
+    return found
+
+
+def _check_limits(
+    jobs: Mapping[str, JobSettings], tokens: Mapping[str, int], node: Node,
+    pools: Mapping[str, PoolSettings], ini: Ini,
+) -> None:  # fmt: skip
+    """What can never be met, and names that stand for nothing."""
+    for job in jobs.values():
+        section = f"job {job.name}"
+        place = ini.place(section, "needs")
+        for name, n in job.needs.items():
+            if name not in tokens:
+                ini.fault(place, f"needs: no {name} in [tokens]{suggest(name, tokens)}")
+            elif n > tokens[name]:
+                has = f"[tokens] {name} = {tokens[name]}"
+                ini.fault(place, f"needs: {name}:{n} can never be met, {has}")
+        for one in job.min_free:
+            if fault := one.fault():
+                ini.fault(ini.place(section, "min_free"), f"min_free: {fault}")
+    for name in node.pools or ():
+        if name not in pools:
+            ini.fault(ini.place("node", "pools"), f"pools: no [pool {name}]{suggest(name, pools)}")
 
 
 def _check_subjobs(jobs: Mapping[str, JobSettings], ini: Ini) -> None:
@@ -475,18 +631,22 @@ def _warn_of_strangers(access: Access, jobs: Mapping[str, JobSettings], ini: Ini
             ini.warn(ini.place(section, key), f"{key}: {name} is not known on this machine")
 
 
-def _job_types(ini: Ini) -> Iterator[str]:
-    """The types that have a section; of all other sections, say which are unknown."""
+def _named(ini: Ini) -> Iterator[tuple[str, str]]:
+    """The types and pools that have a section; of all other sections, say which are unknown."""
     for name, section in ini.sections.items():
-        kind, _, job_type = name.partition(" ")
-        if kind == "job" and job_type:
-            yield job_type
+        kind, _, own = name.partition(" ")
+        if kind in ("job", "pool") and own:
+            yield kind, own
         elif kind == "job":
             ini.fault(section.place, "[job] needs a type: [job hash]")
+        elif kind == "pool":
+            ini.fault(section.place, "[pool] needs a name: [pool storage]")
         elif kind in LATER[""]:
             ini.fault(section.place, f"[{name}]: {NOT_YET}")
-        elif name not in SECTIONS:
-            ini.fault(section.place, f"no section [{name}]{suggest(kind, (*SECTIONS, 'job'))}")
+        elif name not in SECTIONS and name != "tokens":
+            ini.fault(
+                section.place, f"no section [{name}]{suggest(kind, (*SECTIONS, 'job', 'pool'))}"
+            )
 
 
 def _with_socket(paths: Paths, ini: Ini) -> Paths:
@@ -514,19 +674,25 @@ def _with_file(db: Db, state_dir: str, ini: Ini) -> Db:
 
 def load(path: str | os.PathLike[str], env: Mapping[str, str] = os.environ) -> Settings:
     """The settings of a file, with `upq.d/*.cfg` beside it. Raises ConfigError with every fault."""
-    ini = Ini(os.fspath(path), env, SECTIONS)
+    ini = Ini(os.fspath(path), env, (*SECTIONS, "tokens"))
     parts: dict[str, Any] = {name: _fill(cls, name, ini) for name, cls in SECTIONS.items()}
     paths = parts["paths"] = _with_socket(parts["paths"], ini)
     parts["db"] = _with_file(parts["db"], paths.state_dir, ini)
     modules = {module.stem for module in Path(paths.jobs_dir).glob("*.py")}
-    jobs = {name: _job(name, modules, ini) for name in _job_types(ini)}
+    named = list(_named(ini))
+    jobs = {name: _job(name, modules, ini) for kind, name in named if kind == "job"}
+    pools = {name: _pool(name, ini) for kind, name in named if kind == "pool"}
+    tokens = _tokens(ini)
+    _check_limits(jobs, tokens, parts["node"], pools, ini)
     _check_subjobs(jobs, ini)
     _warn_of_silence(jobs, modules, ini)
     _warn_of_strangers(parts["access"], jobs, ini)
     if ini.faults:
         raise ConfigError(ini.faults)
     file, *included = map(os.path.abspath, ini.files)
-    return Settings(file, (file, *included), ini.warnings, jobs=jobs, **parts)
+    return Settings(
+        file, (file, *included), ini.warnings, jobs=jobs, pools=pools, tokens=tokens, **parts
+    )
 
 
 # The reference
@@ -553,9 +719,12 @@ with file and line; `upq.py --settings` prints all settings, one a line.
 def reference() -> str:
     """The reference page, docs/configuration.md."""
     lines = [INTRODUCTION]
-    for name, section in (*SECTIONS.items(), ("job <type>", JobSettings)):
+    for name, section in (*SECTIONS.items(), *OTHER_SECTIONS.items()):
         about = " ".join((section.__doc__ or "").split())
-        lines += [f"## `[{name}]`\n", f"{about}\n", "| key | type | default | unit | meaning |"]
+        lines += [f"## `[{name}]`\n", f"{about}\n"]
+        if not declared(section):
+            continue
+        lines += ["| key | type | default | unit | meaning |"]
         lines.append("|---|---|---|---|---|")
         for key, each in declared(section).items():
             default = f"`{each.default}`" if each.default else ""
@@ -570,8 +739,8 @@ def reference() -> str:
 def describe() -> str:
     """Every setting on one line, as `upq --settings` prints them."""
     return "\n".join(
-        f"[{name}] {key} = {each.default}  ({each.kind.name}) {each.meaning}"
-        for name, section in (*SECTIONS.items(), ("job", JobSettings))
+        f"[{name.partition(' ')[0]}] {key} = {each.default}  ({each.kind.name}) {each.meaning}"
+        for name, section in (*SECTIONS.items(), *OTHER_SECTIONS.items())
         for key, each in declared(section).items()
     )
 

@@ -34,9 +34,9 @@ from upq.errors import (
 )
 from upq.events import Bus
 from upq.job import CANCELLED, DONE, EXPIRED, FAILED
-from upq.jobtypes import JobTypes
+from upq.jobtypes import JobTypes, pool_key
 from upq.lobby import Lobby
-from upq.pool import Pool
+from upq.pool import Pool, SharedPool
 from upq.queue import BEAT_S, Queue
 from upq.runner import Runner
 from upq.server import Door, Place, bind_tcp, bind_unix
@@ -56,6 +56,7 @@ LIVE = {
     "daemon": ("grace_s",),
     "db": ("debug", "keep_done_s", "keep_failed_s"),
     "listen": ("max_queue",),
+    "node": ("pools",),
 }
 #: Seconds that commands have to obey TERM when the grace of a stop is over.
 LAST_GRACE_S = 1.0
@@ -173,18 +174,30 @@ class Daemon:
 
     def _hold(self, lane_id: int) -> str:
         lane = self._queue.lanes.get(lane_id)
-        return self._types.hold(lane) if lane else ""
+        return self._claimer.reason(lane) if lane else ""
 
     def _make_pools(self) -> None:
-        """A pool and a lane for each type; pools of types that are gone stay for their jobs."""
+        """The pools, and a lane for each type; pools that are gone stay for their jobs."""
         pools = dict(self._claimer.pools)
+        settings = self.settings
+        own = {job.name: job.concurrent for job in settings.jobs.values()
+               if "concurrent" in job.variables}  # fmt: skip
+        for cfg in settings.pools_here.values():
+            key = pool_key(cfg.name)
+            pool = pools.get(key)
+            if not isinstance(pool, SharedPool):
+                pool = SharedPool(cfg.name, cfg.concurrent, self._runner, self._claimer.wake)
+                pools[key] = pool
+            pool.most, pool.order = own, self._types.rules.order(cfg)
+            pool.resize(cfg.concurrent)
         for name, kind in self._types.by_name.items():
-            self._queue.lane(kind.queue, name)
+            if kind.queue:
+                self._queue.lane(kind.queue, name)
             if name in pools:
                 pools[name].resize(kind.cfg.concurrent)
             else:
                 pools[name] = Pool(name, kind.cfg.concurrent, self._runner, self._claimer.wake)
-        self._claimer.pools = pools
+        self._claimer.configure(pools, self._types.rules)
 
     def _rescue(self) -> None:
         """Take back what earlier incarnations of this node were running when they died."""

@@ -142,7 +142,7 @@ class JobDesk:
         queue: Queue,
         views: Views,
         ends: Ends,
-        pools: Callable[[str], Pool | None],
+        pools: Callable[[str, int], Pool | None],
         front: FrontDesk,
     ) -> None:
         self._queue = queue
@@ -167,7 +167,9 @@ class JobDesk:
     def state(self, id: int) -> str:
         return str(self._views.job(id)["state"])
 
-    def enqueue(self, parent: UpqJob, jobname: str, params: dict[str, Any]) -> JobChild:
+    def enqueue(
+        self, parent: UpqJob, jobname: str, params: dict[str, Any], queue: str = ""
+    ) -> JobChild:
         """Queue a child, or find the one that an interrupted run of the parent has queued.
 
         The n-th of the same type and params is the same job each time the parent runs.
@@ -185,7 +187,7 @@ class JobDesk:
                 if again:
                     self._queue.retry(id, job.submitter)
                 return JobChild(self, parent, id, jobname)
-        new = NewJob(jobname, params, submitter=job.submitter, parent=job.id, root=job.root,
+        new = NewJob(jobname, params, queue, submitter=job.submitter, parent=job.id, root=job.root,
                      child_key=key)  # fmt: skip
         return JobChild(self, parent, self._front.submit_child(new).id, jobname)
 
@@ -199,16 +201,16 @@ class JobDesk:
                 return True
         except RequestError:
             log.warning("looking for the end of job %d failed", id, exc_info=True)
-        job, pool = self._job(parent), self._pools(parent.jobname)
+        job, pool = self._job(parent), self._pools(parent.jobname, parent.token)
         if job is None or pool is None or not parent.in_own_thread:
             # A helper thread of the job holds no place that could be given back.
             return self._wait_out(id, timeout_s)
         self._queue.set_reason(job, f"waits for {id}")
-        pool.park()
+        pool.park(parent.jobname)
         try:
             return self._wait_out(id, timeout_s)
         finally:
-            pool.unpark()
+            pool.unpark(parent.jobname)
             self._queue.set_reason(job, "")
 
     def _wait_out(self, id: int, timeout_s: float | None) -> bool:
@@ -225,5 +227,5 @@ class JobDesk:
                 time.sleep(1.0)
 
     def _job(self, parent: UpqJob) -> Job | None:
-        pool = self._pools(parent.jobname)
+        pool = self._pools(parent.jobname, parent.token)
         return pool.job(parent.token) if pool else None

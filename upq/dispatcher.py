@@ -38,9 +38,10 @@ from upq.job import (
 )
 from upq.jobtypes import JobType, JobTypes
 from upq.notify import NOTIFY, mask
+from upq.params import queue_name
 from upq.plugins import Desk
 from upq.protocol import Options, Request
-from upq.queue import Queue
+from upq.queue import Lane, Queue
 from upq.record import encode
 from upq.views import Views
 from upq.wire import Ack
@@ -48,7 +49,9 @@ from upq.wire import Ack
 log = logging.getLogger(__name__)
 
 #: Options of a submit that later versions read.
-NOT_YET = {"queue": "@queue:", "node": "@node:", "expires_s": "@expires:"}
+NOT_YET = {"node": "@node:", "expires_s": "@expires:"}
+#: Queues and types in them that there may be: each costs a few rows for ever.
+LANES_LIMIT = 20_000
 #: Jobs that one submit_many may hold.
 MANY_LIMIT = 10_000
 #: Seconds that the length of the queues is remembered for `max_queue`.
@@ -175,6 +178,8 @@ class Dispatcher:
         if size > RESULT_LIMIT_BYTES:
             raise TooLong(f"the params have {size} bytes, more than {RESULT_LIMIT_BYTES}")
         new.priority = kind.cfg.priority
+        if kind.cfg.queue or new.queue:
+            self._set_queue(new, kind, new.queue)
         if kind.checks:
             self._ask(kind, new.params)
         stored = self._queue.submit([[new]])[0]
@@ -211,6 +216,8 @@ class Dispatcher:
         if not cls.queued:
             return Ack(0, message)
         new = NewJob(kind.name, params, priority=kind.cfg.priority, submitter=peer.name)
+        if kind.cfg.queue or options.queue:
+            self._set_queue(new, kind, options.queue)
         if options is not protocol.NO_OPTIONS:
             self._set_options(new, kind, options)
         if self._max_queue:
@@ -242,6 +249,16 @@ class Dispatcher:
             new.options["timeout_s"] = options.timeout_s
         if options.retries is not None:
             new.options["retries"] = options.retries
+
+    def _set_queue(self, new: NewJob, kind: JobType, asked: str | None) -> None:
+        new.queue = asked or kind.queue_for(new.params)
+        if self._queue.known_lane(new.queue, new.type) is None:
+            try:
+                queue_name(new.queue)
+            except ValueError as error:
+                raise BadParams(f"@queue: {error}") from None
+            if len(self._queue.lanes) >= LANES_LIMIT:
+                raise Busy(f"there are {LANES_LIMIT} queues already, no room for {new.queue}")
 
     def _refuse_when_full(self) -> None:
         now_s = time.monotonic()
@@ -293,7 +310,7 @@ class Dispatcher:
         by_lane = {} if trouble else self._views.counts()
         for lane_id, lane in by_lane.items():
             known = self._queue.lanes.get(lane_id)
-            held = self._types.hold(known) if known else ""
+            held = self._claimer.reason(known) if known else ""
             for state, n in lane.items():
                 counts[BLOCKED if held and state == QUEUED else state] += n
         state = "stopping" if self.stopping else "drained" if self._claimer.drained else "running"
@@ -342,12 +359,11 @@ class Dispatcher:
                 "queue": lane.queue,
                 "type": lane.type,
                 "paused": lane.paused,
-                "reason": self._types.hold(lane),
+                "reason": self._claimer.reason(lane),
                 **{state: counts.get(lane.id, {}).get(state, 0) for state in STATES},
-                "concurrent": pool.concurrent
-                if (pool := self._claimer.pools.get(lane.type))
-                else 0,
+                "concurrent": pool.concurrent if (pool := self._claimer.pool_of(lane)) else 0,
                 "threads": pool.sizes()["threads"] if pool else 0,
+                "pool": self._types.rules.pool_name(lane),
                 "oldest_queued_s": ages_s.get(lane.id),
             }
             for lane in lanes
@@ -374,20 +390,23 @@ class Dispatcher:
 
     def list_jobs(self, queue: str, limit: int) -> list[dict[str, Any]]:
         """What runs and waits in a queue."""
-        lanes = [lane.id for lane in self._queue.lanes.values() if lane.queue == queue]
-        running = self._views.jobs(self._queue.lanes, RUNNING, queue, limit)
+        lanes = self._lanes_of(queue)
+        running = self._views.jobs(self._queue.lanes, RUNNING, limit=limit, only=lanes)
         waiting = [job for lane in lanes for job in self._views.next_jobs(lane, limit)]
         return (running + waiting)[:limit]
 
     def _jobs(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
         self._must_read(peer)
         queue = args.pop("queue", None)
-        if queue is not None:
-            # A queue is one type's, so far.
-            if args.get("type", queue) != queue:
-                return {"jobs": []}
-            args["type"] = queue
-        return {"jobs": self._views.jobs(self._queue.lanes, **args)}
+        only = None if queue is None else self._lanes_of(queue)
+        types = {self._queue.lanes[id].type for id in only or ()}
+        if len(types) == 1:
+            # There is an index on types.
+            args.setdefault("type", *types)
+        return {"jobs": self._views.jobs(self._queue.lanes, only=only, **args)}
+
+    def _lanes_of(self, queue: str) -> list[int]:
+        return [lane.id for lane in self._queue.lanes.values() if lane.queue == queue]
 
     def _show(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
         job = self._readable(args["id"], peer)
@@ -404,9 +423,8 @@ class Dispatcher:
     def _cancel(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
         job = self._managed(args["id"], peer, "cancel")
         token = self._queue.cancel(job["id"], peer.name)
-        pool = self._claimer.pools.get(job["type"])
-        if token and pool:
-            pool.cancel(token)
+        if token:
+            self._claimer.cancel(self._queue.lane(job["queue"], job["type"]), token)
         log.info("(%s:%d) cancelled by %s", job["type"], job["id"], peer.name)
         return {"id": job["id"], "state": RUNNING if token else CANCELLED}
 
@@ -437,7 +455,7 @@ class Dispatcher:
             }
         new, message = prepared
         queue = new.queue or new.type
-        lane = self._queue.known_lane(queue, new.type)
+        lane = self._queue.known_lane(queue, new.type) or Lane(0, queue, new.type, False)
         return {
             "accepted": True,
             "type": new.type,
@@ -446,8 +464,8 @@ class Dispatcher:
             "priority": new.priority,
             "run_at": when.iso(new.run_at) if new.run_at is not None else None,
             "message": message,
-            "ahead": self._views.counts().get(lane.id, {}).get(QUEUED, 0) if lane else 0,
-            "reason": self._types.hold(lane) if lane else "",
+            "ahead": self._views.counts().get(lane.id, {}).get(QUEUED, 0),
+            "reason": self._claimer.reason(lane),
         }
 
     def _why(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
@@ -465,7 +483,10 @@ class Dispatcher:
             return f"{since} and {job['reason']}" if job["reason"] else since
         if job["reason"] and state == BLOCKED:
             awaited = [f"{other} ({is_})" for other, is_ in self._views.awaited(id)]
-            return f"{job['reason']}" + (f"; it needs {', '.join(awaited)}" if awaited else "")
+            if awaited:
+                return f"{job['reason']}; it needs {', '.join(awaited)}"
+            lane = self._queue.lane(job["queue"], job["type"])
+            return f"{job['reason']}, {self._ahead(id, lane)} jobs are ahead of it"
         if self._queue.writer.trouble:
             return self._queue.writer.trouble
         if self._claimer.drained:
@@ -474,14 +495,20 @@ class Dispatcher:
             cause = f" ({job['reason']}: {job['message']})" if job["reason"] else ""
             return f"it is not to start before {job['run_at']}{cause}"
         lane = self._queue.lane(job["queue"], job["type"])
-        pool = self._claimer.pools.get(job["type"])
-        ahead = self._views.ahead(id, lane.id)
+        pool = self._claimer.pool_of(lane)
+        name = self._types.rules.pool_name(lane)
         busy = ", ".join(str(j.id) for j, _ in pool.running()[:8]) if pool else ""
         places = pool.sizes() if pool else {"running": 0, "places": 0}
+        of = f"pool {name}" if name else job["type"]
         return (
-            f"{places['running']} of {places['places']} places of {job['type']} are busy"
-            f"{f' (jobs {busy})' if busy else ''}, {ahead} jobs are ahead of it"
+            f"{places['running']} of {places['places']} places of {of} are busy"
+            f"{f' (jobs {busy})' if busy else ''}, {self._ahead(id, lane)} jobs are ahead of it"
         )
+
+    def _ahead(self, id: int, lane: Lane) -> int:
+        """How many jobs go before this one, as far as their order is known."""
+        first, same = self._types.rules.ahead_of(lane, self._queue.lanes.values())
+        return self._views.ahead(id, lane.id, same, first)
 
     def _nodes(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
         self._must_read(peer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -14,12 +14,16 @@ from typing import Any
 from upq import when
 from upq.access import Principals
 from upq.command import Lifeline, command_type
-from upq.config import JobSettings, Mail, Settings
+from upq.config import JobSettings, Mail, PoolSettings, Settings
+from upq.draws import Bounds, Level, Plan, Token
 from upq.errors import BadParams, Broken, Disabled, Refused, RequestError, UnknownCommand
+from upq.gates import Closed
+from upq.job import Job
 from upq.notify import NOTIFY
-from upq.params import suggest
+from upq.params import names_in, queue_of, suggest
 from upq.plugins import Desk, Loader, UpqJob, blame
 from upq.queue import Lane
+from upq.record import digest
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +44,12 @@ class JobType:
 
     @property
     def queue(self) -> str:
-        return self.name
+        """The one queue of its jobs; "" when their parameters name it."""
+        return "" if names_in(self.cfg.queue) else self.cfg.queue or self.name
+
+    def queue_for(self, params: Mapping[str, Any]) -> str:
+        """The queue of a job. Raises BadParams."""
+        return queue_of(self.cfg.queue, params) if self.cfg.queue else self.name
 
     @property
     def file(self) -> Path:
@@ -125,6 +134,7 @@ class JobTypes:
         if NOTIFY not in sections and self._loader.has(NOTIFY):
             sections[NOTIFY] = JobSettings(NOTIFY)
         self.secret |= {name for cfg in sections.values() for name in cfg.secret}
+        self.rules = Rules(settings)
         self.by_name = {name: self._load(cfg) for name, cfg in sections.items()}
 
     def get(self, name: str) -> JobType:
@@ -141,7 +151,21 @@ class JobTypes:
             return f"no such job type: {lane.type}"
         if kind.fault is not None:
             return str(kind.fault)
-        return f"queue {lane.queue} is paused" if lane.paused else ""
+        if lane.paused:
+            return f"queue {lane.queue} is paused"
+        if elsewhere := self.rules.elsewhere(lane):
+            return elsewhere
+        closed = self.rules.gate(lane)
+        return closed.reason if closed else ""
+
+    def queue_of_step(self, name: str, data: Mapping[str, Any]) -> str:
+        """The queue of a job that no submit has made; its type's own when it cannot be named."""
+        kind = self.by_name.get(name)
+        try:
+            return kind.queue_for(data) if kind else name
+        except BadParams as error:
+            log.warning("%s goes to the queue %s: %s", name, name, error)
+            return name
 
     def priority(self, name: str) -> int:
         """What a type's section says, for jobs that no submit has made."""
@@ -186,6 +210,131 @@ class JobTypes:
             timeout_s=cfg.timeout_s,
             lifeline=self._lifeline,
         )
+
+
+class Rules:
+    """How one configuration orders and limits the claims."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._node = settings.node.name
+        self._pools = settings.pools_here
+        self._elsewhere = {n: p for n, p in settings.pools.items() if n not in self._pools}
+        self._gates = {name: cfg.gates for name, cfg in settings.jobs.items() if cfg.gates}
+        self._bounds = bounds_of(settings)
+        # By queue: its pool on this node, and else one that only others serve.
+        self._found: dict[str, tuple[PoolSettings | None, str]] = {}
+        self._plain = not self._pools and not self._bounds
+
+    def _find(self, queue: str) -> tuple[PoolSettings | None, str]:
+        found = self._found.get(queue)
+        if found is None:
+            here = (one for one in self._pools.values() if one.level(queue) is not None)
+            there = (one for one in self._elsewhere.values() if one.level(queue) is not None)
+            pool = next(here, None)
+            other = None if pool else next(there, None)
+            found = self._found[queue] = (pool, other.name if other else "")
+        return found
+
+    def elsewhere(self, lane: Lane) -> str:
+        """Why a lane is not for this node; "" when it is."""
+        if not self._elsewhere:
+            return ""
+        name = self._find(lane.queue)[1]
+        if not name:
+            return ""
+        return f"queue {lane.queue} is of pool {name}, which {self._node} does not serve"
+
+    def gate(self, lane: Lane) -> Closed | None:
+        """The gate that keeps a lane's jobs from starting now."""
+        gates = self._gates.get(lane.type)
+        if gates is None:
+            return None
+        now = when.now()
+        return next((closed for gate in gates if (closed := gate.closed(now))), None)
+
+    def pool_of(self, lane: Lane) -> str:
+        """The pool whose places are filled by draws; "" where a lane's type has its own."""
+        if self._plain:
+            return ""
+        pool = self._find(lane.queue)[0]
+        if pool is not None:
+            return pool_key(pool.name)
+        return lane.type if lane.type in self._bounds else ""
+
+    def pool_name(self, lane: Lane) -> str:
+        """The [pool] whose places the lane's jobs get; "" for those of their type."""
+        pool = self._find(lane.queue)[0]
+        return pool.name if pool else ""
+
+    def plan(self, pool: str, lanes: Collection[Lane]) -> Plan:
+        """In which order a pool draws from these of its lanes."""
+        found = next((one for one in self._pools.values() if pool_key(one.name) == pool), None)
+        if found is None:
+            level = Level(pool, tuple((lane.id, lane.type) for lane in lanes))
+            return Plan([level], self._bounds)
+        sorted_in: dict[int, list[tuple[int, str]]] = {}
+        for lane in lanes:
+            depth = found.level(lane.queue)
+            if depth is not None:
+                sorted_in.setdefault(depth, []).append((lane.id, lane.type))
+        levels = [
+            Level(found.queues[n].text, tuple(sorted_in[n]), found.queues[n].weight)
+            for n in sorted(sorted_in)
+        ]
+        if found.ageing_s:
+            # Levels without jobs count, too: they are steps on the way up.
+            levels = [
+                Level(pattern.text, tuple(sorted_in.get(n, ())))
+                for n, pattern in enumerate(found.queues)
+            ]
+        return Plan(levels, self._bounds, ageing_us=round(found.ageing_s * 1e6),
+                    by_weight=found.by_weight)  # fmt: skip
+
+    def order(self, pool: PoolSettings) -> Callable[[Job], Any] | None:
+        """Where a job stands among those that were claimed ahead for a pool."""
+        if pool.by_weight or pool.ageing_s:
+            return None
+        return lambda job: (pool.level(job.queue), job.rank, job.root, job.id)
+
+    def ahead_of(self, lane: Lane, lanes: Collection[Lane]) -> tuple[list[int], list[int]]:
+        """Of these lanes, those whose jobs all go first, and those of the same level."""
+        key, pool = self.pool_of(lane), self._find(lane.queue)[0]
+        if pool is None:
+            return [], [
+                one.id for one in lanes if one.id == lane.id or key == self.pool_of(one) != ""
+            ]
+        depth = pool.level(lane.queue)
+        mine = [one for one in lanes if self._find(one.queue)[0] is pool]
+        levels = [(pool.level(one.queue), one.id) for one in mine]
+        first = [id for at, id in levels if not pool.by_weight and (at or 0) < (depth or 0)]
+        return first, [id for at, id in levels if at == depth]
+
+
+def pool_key(name: str) -> str:
+    """What a [pool] is called among the pools, most of which are of a type."""
+    return f"pool {name}"
+
+
+def bounds_of(settings: Settings) -> dict[str, Bounds]:
+    """By type, of those that have any."""
+    users: dict[str, dict[str, int]] = {}
+    for cfg in settings.jobs.values():
+        for name, n in cfg.needs.items():
+            users.setdefault(name, {})[cfg.name] = n
+    tokens = {
+        name: Token(name, digest("token", name), settings.tokens[name], users[name])
+        for name in users
+    }
+    return {
+        cfg.name: Bounds(
+            cfg.rate,
+            # A rate that is changed starts anew.
+            digest("rate", cfg.name, repr(cfg.rate)) if cfg.rate else "",
+            tuple(tokens[name] for name in cfg.needs),
+        )
+        for cfg in settings.jobs.values()
+        if cfg.rate or cfg.needs
+    }
 
 
 def mail_variables(mail: Mail) -> dict[str, str]:

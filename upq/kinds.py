@@ -17,9 +17,19 @@ from typing import Generic, NamedTuple, TypeVar
 
 from upq import log, when
 from upq.errors import BadParams
+from upq.gates import Free, Load, Window
 from upq.job import PRIORITIES
 from upq.notify import parse_target
-from upq.params import BOOLEANS, ParamSpec, shown, split_command, suggest
+from upq.params import (
+    BOOLEANS,
+    ParamSpec,
+    queue_name,
+    queue_template,
+    shown,
+    split_command,
+    suggest,
+)
+from upq.rates import Rate
 
 T = TypeVar("T")
 
@@ -221,6 +231,53 @@ def _check_target(target: str) -> None:
         raise ValueError(f"{shown(target)} is not retry:3 or retrywait:3|1h")
 
 
+class Pattern(NamedTuple):
+    """Queues by their names, `*` for any characters, and their share where they go by shares."""
+
+    text: str
+    weight: int = 0
+
+    def matches(self, queue: str) -> bool:
+        return re.fullmatch(re.escape(self.text).replace(r"\*", ".*"), queue) is not None
+
+
+def _patterns(text: str) -> tuple[Pattern, ...]:
+    found = []
+    for word in _list(text):
+        name, colon, weight = word.partition(":")
+        queue_name(name.replace("*", "x"))
+        found.append(Pattern(name, number(1, 1000).read(weight) if colon else 0))
+    if len({pattern.text for pattern in found}) < len(found):
+        raise ValueError("names the same queues twice")
+    if len({pattern.weight > 0 for pattern in found}) > 1:
+        raise ValueError("some have a weight and some have not: a:6 b:3")
+    return tuple(found)
+
+
+def _amounts(text: str) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for word in _list(text):
+        name, colon, n = word.partition(":")
+        if not re.fullmatch("[a-z][a-z0-9_]{0,31}", name):
+            raise ValueError(f"{shown(word)} is not a token such as disk_io:1")
+        if name in found:
+            raise ValueError(f"{name} stands there twice")
+        found[name] = number(1).read(n) if colon else 1
+    return found
+
+
+def _rate(text: str) -> Rate:
+    if match := re.search(r"\sper\s.*", text):
+        raise ValueError(f"{match[0].strip()}: {NOT_YET}")
+    return Rate.parse(text)
+
+
+def _load(text: str) -> Load:
+    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text) or not float(text):
+        raise ValueError(f"{shown(text)} is not a load above 0, such as 4 or 1.5")
+    return Load(float(text))
+
+
 TEXT = Kind("text", _one_line, "")
 YES_NO = Kind("yes or no", _yes_no, False)
 PATH = Kind("path", _one_line, "")
@@ -245,6 +302,16 @@ NAME_SET: Kind[frozenset[str]] = Kind("names", lambda text: frozenset(_list(text
 PARAMS: Kind[ParamSpec | None] = Kind("parameters", ParamSpec.parse, None)
 COMMAND: Kind[tuple[str, ...] | None] = Kind("command line", split_command, None)
 EXIT_CODES: Kind[tuple[int, ...]] = Kind("whole numbers", _exit_codes, ())
+QUEUE = Kind("queue", queue_template, "")
+PATTERNS: Kind[tuple[Pattern, ...]] = Kind("queues", _patterns, ())
+NAMES_HERE: Kind[tuple[str, ...] | None] = Kind("names", _list, None)
+RATE: Kind[Rate | None] = Kind("rate", _rate, None)
+AMOUNTS: Kind[dict[str, int]] = Kind("token:number ...", _amounts, {})
+WINDOW: Kind[Window | None] = Kind("times", Window.parse, None)
+LOAD: Kind[Load | None] = Kind("number", _load, None)
+MIN_FREE: Kind[tuple[Free, ...]] = Kind(
+    "folder size, ...", lambda text: tuple(map(Free.parse, text.split(","))), ()
+)
 ENVIRONMENT: Kind[dict[str, str]] = Kind("NAME=value ...", _environment, {})
 CONCURRENT = number(
     1, 10000, "at least 1: every job goes through its queue; `upq-cli --wait` waits for its end"

@@ -233,9 +233,48 @@ def split_command(text: str) -> tuple[str, ...]:
     return words
 
 
+def names_in(template: str) -> list[str]:
+    """The placeholders of a text, each once, in order."""
+    return list(dict.fromkeys(_names(template)))
+
+
 def placeholders(command: str) -> list[str]:
     """The names a command asks for, each once, in order."""
     return list(dict.fromkeys(name for word in split_command(command) for name in _names(word)))
+
+
+_QUEUE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@/+-]*")
+#: Characters of a queue's name, which are bytes too.
+QUEUE_LIMIT = 255
+
+
+def queue_name(text: str) -> str:
+    """The text, when a queue may have it for a name. Raises ValueError that says what it is not."""
+    if not _QUEUE.fullmatch(text):
+        raise ValueError(f"{shown(text)} is not a queue's name: A-Z a-z 0-9 _ . @ / + -")
+    if len(text) > QUEUE_LIMIT:
+        raise ValueError(f"{shown(text)} has more than {QUEUE_LIMIT} characters")
+    return text
+
+
+def queue_template(text: str) -> str:
+    """A queue's name that may hold {placeholders}. Raises ValueError."""
+    if any(brace[0] in ("{", "}", "{{", "}}") for brace in _BRACE.finditer(text)):
+        raise ValueError(f"{shown(text)} has a lone brace")
+    queue_name(_BRACE.sub("x", text))
+    return text
+
+
+def queue_of(template: str, params: Mapping[str, Any]) -> str:
+    """The queue that a template names for these params. Raises BadParams."""
+    names = _names(template)
+    for name in names:
+        if params.get(name) in (None, ""):
+            raise BadParams(f"{name}: is missing, the queue is {template}")
+    try:
+        return queue_name(_BRACE.sub(lambda brace: _as_text(params[brace[1]]), template))
+    except ValueError as error:
+        raise BadParams(f"{', '.join(names)}: {error}") from None
 
 
 def argv(template: Iterable[str], params: Mapping[str, Any]) -> list[str]:

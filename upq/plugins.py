@@ -75,7 +75,9 @@ class Desk(Protocol):
 
     @property
     def db(self) -> Engine: ...
-    def enqueue(self, parent: UpqJob, jobname: str, params: dict[str, Any]) -> Child: ...
+    def enqueue(
+        self, parent: UpqJob, jobname: str, params: dict[str, Any], queue: str = ""
+    ) -> Child: ...
     def progress(self, job: UpqJob, progress: dict[str, Any]) -> None: ...
     def list_queues(self) -> list[dict[str, Any]]: ...
     def list_jobs(self, queue: str, limit: int) -> list[dict[str, Any]]: ...
@@ -272,14 +274,18 @@ class UpqJob:
         self._chain.insert(0, jobname)
         self.jobdata.update(params or {})
 
-    def enqueue_newjob(self, jobname: str, params: Mapping[str, Any] | None = None) -> Child:
+    def enqueue_newjob(
+        self, jobname: str, params: Mapping[str, Any] | None = None, *, queue: str = ""
+    ) -> Child:
         """Queue another job and return it; `finished.wait()` on it gives this job's place back.
+
+        queue: instead of the one that its type's section says.
 
         Only the job's own thread may call it. After a crash the same calls return the same jobs.
         """
         if not self.in_own_thread:
             raise UpqError("enqueue_newjob: only the job's own thread may queue jobs")
-        return self._need_desk().enqueue(self, jobname, dict(params or {}))
+        return self._need_desk().enqueue(self, jobname, dict(params or {}), queue)
 
     def submit(self, jobname: str, **params: Any) -> Child:
         """`enqueue_newjob` with the params as keywords."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from upq.job import Job
 from upq.plugins import UpqJob
@@ -20,6 +21,8 @@ log = logging.getLogger(__name__)
 
 #: Seconds of work that may be claimed beyond the free places, and jobs at the most.
 LOOK_AHEAD_S, LOOK_AHEAD_JOBS = 0.02, 256
+#: Seconds between two looks of a parent whether its type has a place again.
+LOOK_S = 0.05
 #: Seconds an idle thread stays when it is not the only one.
 IDLE_S = 10.0
 
@@ -107,6 +110,10 @@ class Pool:
     def has_claimed(self) -> bool:
         return bool(self._claimed)
 
+    def was_asked(self) -> bool:
+        """Whether room was asked for while it was all booked by a draw; asks once."""
+        return False
+
     def running(self) -> list[tuple[Job, UpqJob | None]]:
         """What runs, waiting parents too."""
         with self._changed:
@@ -144,7 +151,7 @@ class Pool:
 
     # For waiting parents
 
-    def park(self) -> None:
+    def park(self, type: str = "") -> None:
         """Give back the calling job's place."""
         with self._changed:
             self._running -= 1
@@ -152,7 +159,7 @@ class Pool:
             self._next()
         self._wake_claimer()
 
-    def unpark(self) -> None:
+    def unpark(self, type: str = "") -> None:
         """Take a place again, before jobs that are claimed later."""
         with self._changed:
             self._resuming += 1
@@ -235,3 +242,69 @@ class Pool:
                     break
             self._threads -= 1
             return None
+
+
+class SharedPool(Pool):
+    """The threads of a [pool], which run jobs of several types.
+
+    Its room is booked for one draw at a time, so that what a draw may take is known for sure.
+    """
+
+    def __init__(
+        self, name: str, concurrent: int, runner: Runner, wake: Callable[[], None]
+    ) -> None:
+        super().__init__(name, concurrent, runner, wake)
+        #: Places that a type may have of all, where it may not have all.
+        self.most: Mapping[str, int] = {}
+        #: Where a job stands among those that were claimed ahead; None: where it was claimed.
+        self.order: Callable[[Job], Any] | None = None
+        self._asked = False
+        self._parked_types = Counter[str]()
+        # Parents that could go on, if there was not a limit on their type.
+        self._held_up = Counter[str]()
+
+    def book(self) -> int:
+        with self._changed:
+            self._asked = self._booked > 0
+            return 0 if self._asked else super().book()
+
+    def was_asked(self) -> bool:
+        with self._changed:
+            asked, self._asked = self._asked, False
+            return asked
+
+    def give(self, booked: int, jobs: Sequence[Job]) -> Sequence[Job]:
+        with self._changed:
+            left = super().give(booked, jobs)
+            order = self.order
+            if order is not None and jobs and not left and len(self._claimed) > 1:
+                # What is urgent goes before what was claimed ahead.
+                self._claimed = deque(sorted(self._claimed, key=lambda pair: order(pair[0])))
+            return left
+
+    def left(self) -> dict[str, int]:
+        """How many more jobs may be claimed of each type that may not have all places."""
+        with self._changed:
+            used = self._used() + self._held_up
+            return {type: max(most - used[type], 0) for type, most in self.most.items()}
+
+    def _used(self) -> Counter[str]:
+        used = Counter(job.type for job in self._jobs.values())
+        used.update(job.type for job, _ in self._claimed)
+        used.subtract(self._parked_types)
+        return used
+
+    def park(self, type: str = "") -> None:
+        with self._changed:
+            self._parked_types[type] += 1
+        super().park(type)
+
+    def unpark(self, type: str = "") -> None:
+        with self._changed:
+            self._held_up[type] += 1
+            most = self.most.get(type, self.concurrent)
+            while self._used()[type] >= most and not self._closed:
+                self._changed.wait(LOOK_S)
+            self._held_up[type] -= 1
+            self._parked_types[type] -= 1
+        super().unpark(type)

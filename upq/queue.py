@@ -16,8 +16,9 @@ from typing import Any, NamedTuple, Protocol
 
 from upq import statements as st
 from upq import when
-from upq.batch import LEASE_S, Act, Batch, Claim, Finish, Submit
+from upq.batch import LEASE_S, Act, Batch, Claim, Finish, Submit, Want
 from upq.db import Database
+from upq.draws import Draw, Plan, Spent
 from upq.errors import NotFound, RequestError, Unavailable, WrongState
 from upq.events import Bus
 from upq.job import (
@@ -70,10 +71,16 @@ class Claims(Protocol):
     def wake(self) -> None:
         """A job becomes due earlier than was known."""
 
-    def book(self, lanes: set[int]) -> list[tuple[int, int]]:
-        """Set free places aside for jobs of these lanes: (lane, how many)."""
+    def book(self, lanes: set[int]) -> list[Want]:
+        """Set free places aside for jobs of these lanes: (lane, how many), or a draw."""
 
-    def settle(self, queued: set[int], booked: list[tuple[int, int]], jobs: list[Job]) -> None:
+    def plan(self, draw: Draw, queued: set[int]) -> Plan:
+        """What to draw from, inside the transaction that does; these lanes have got new jobs."""
+
+    def looked(self, again: set[int], spent: dict[str, Spent | None]) -> None:
+        """These lanes were drawn from and may have more; these types are at the end of a limit."""
+
+    def settle(self, queued: set[int], booked: list[Want], jobs: list[Job]) -> None:
         """Take what was claimed for the places booked; these lanes have got new jobs."""
 
 
@@ -83,10 +90,16 @@ class NoClaims:
     def wake(self) -> None:
         return
 
-    def book(self, lanes: set[int]) -> list[tuple[int, int]]:
+    def book(self, lanes: set[int]) -> list[Want]:
         return []
 
-    def settle(self, queued: set[int], booked: list[tuple[int, int]], jobs: list[Job]) -> None:
+    def plan(self, draw: Draw, queued: set[int]) -> Plan:
+        return Plan([])
+
+    def looked(self, again: set[int], spent: dict[str, Spent | None]) -> None:
+        return
+
+    def settle(self, queued: set[int], booked: list[Want], jobs: list[Job]) -> None:
         return
 
 
@@ -167,11 +180,16 @@ class Queue:
             raise
         return batch
 
-    def book(self, lanes: set[int]) -> list[tuple[int, int]]:
+    def book(self, lanes: set[int]) -> list[Want]:
         return self.claims.book(lanes)
+
+    def plan(self, draw: Draw, queued: set[int]) -> Plan:
+        return self.claims.plan(draw, queued)
 
     def note(self, batch: Batch, committed: bool) -> None:
         """Hear how a batch has ended, in the thread that led it, before the next one begins."""
+        if batch.drawn:
+            self.claims.looked(*((batch.again, batch.spent) if committed else (batch.drawn, {})))
         if not committed:
             self.claims.settle(set(), batch.booked, [])
             return
@@ -273,7 +291,7 @@ class Queue:
 
     # Claim and end
 
-    def claim(self, wants: Sequence[tuple[int, int]]) -> list[Job]:
+    def claim(self, wants: Sequence[Want]) -> list[Job]:
         """Make running what can be claimed: at most n jobs of each (lane, n). One transaction.
 
         Commits what was posted, too, and with nothing wanted only that.

@@ -184,7 +184,8 @@ class Runner:
         if outcome.state == DONE and chain:
             data = job.data if outcome.data is None else outcome.data
             options = {"chain": list(chain[1:])}
-            then.append(NewJob(chain[0], data, options=options, submitter=job.submitter,
+            queue = self._types.queue_of_step(chain[0], data)
+            then.append(NewJob(chain[0], data, queue, options=options, submitter=job.submitter,
                                priority=self._types.priority(chain[0]), parent=job.id,
                                root=job.root))  # fmt: skip
         return then

@@ -21,6 +21,7 @@ CHUNK = 1000
 
 job, event, lane, edge = schema.job, schema.event, schema.lane, schema.edge
 tally, counter, output, node = schema.tally, schema.counter, schema.output, schema.node
+limit = schema.limit
 
 SUBMITTED: dict[str, type] = {
     "id": int, "lane": int, "type": str, "queue": str, "ready": int, "rank": int, "ord": int,
@@ -85,6 +86,27 @@ def pick_claimable(_: str) -> ClauseElement:
         .order_by(job.c.rank, job.c.ord, job.c.id)
         .limit(big("free"))
         .with_for_update(skip_locked=True)
+    )
+
+
+def pick_above(_: str) -> ClauseElement:
+    """As `pick_claimable`, of lower priorities only."""
+    return (
+        sa.select(*CLAIMED)
+        .where(job.c.ready == big("lane"), job.c.rank > big("above"))
+        .order_by(job.c.rank, job.c.ord, job.c.id)
+        .limit(big("free"))
+        .with_for_update(skip_locked=True)
+    )
+
+
+def running_of_types(dialect: str) -> ClauseElement:
+    """How many jobs of each type run, whoever runs them and in whatever queue they were."""
+    r = rows(dialect, type=str)
+    return (
+        sa.select(lane.c.type, sa.func.sum(tally.c.n))
+        .where(lane.c.type == r.c.type, tally.c.lane == lane.c.id, tally.c.state == RUNNING)
+        .group_by(lane.c.type)
     )
 
 
@@ -253,6 +275,8 @@ INSERT_EDGES = insert_into(edge, job=int, needs=int)
 CHANGE_TALLY = Sql(change_tally)
 TAKE_NUMBERS = Sql(take_numbers)
 PICK_CLAIMABLE = Sql(pick_claimable)
+PICK_ABOVE = Sql(pick_above)
+RUNNING_OF_TYPES = Sql(running_of_types)
 START_JOBS = Sql(start_jobs)
 END_ATTEMPTS = Sql(end_attempts)
 BY_IDEM_KEY = Sql(by_key(job.c.idem_key))
@@ -356,6 +380,10 @@ MAKE_LANE = Sql(
 PAUSED_QUEUE = Sql(sa.select(sa.func.max(lane.c.paused)).where(lane.c.queue == word("queue")))
 PAUSE = Sql(sa.update(lane).values(paused=big("paused")).where(lane.c.queue == word("name")))
 
+
+LOCK_LIMIT = Sql(sa.select(limit.c.at).where(limit.c.name == word("name")).with_for_update())
+ADD_LIMIT = Sql(sa.insert(limit).values(name=word("name"), at=big("at")))
+SET_LIMIT = Sql(sa.update(limit).values(at=big("at")).where(limit.c.name == word("name")))
 
 MAKE_TALLY = insert_into(tally, lane=int, state=str, n=int)
 

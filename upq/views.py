@@ -78,8 +78,12 @@ class Views:
         state: str | None = None,
         type: str | None = None,
         limit: int = 20,
+        only: Collection[int] | None = None,
     ) -> list[dict[str, Any]]:
-        """The newest first. `lanes` are all there are: blocked is said of lanes, not of rows."""
+        """The newest first. `lanes` are all there are: blocked is said of lanes, not of rows.
+
+        only: jobs of these lanes.
+        """
         held = [lane for lane in lanes if self._blocked(lane)]
         queries = [sa.select(*LISTED)]
         if state == BLOCKED:
@@ -97,6 +101,8 @@ class Views:
         for query in queries:
             if type is not None:
                 query = query.where(job.c.type == type)
+            if only is not None:
+                query = query.where(job.c.lane.in_(only))
             rows += self._rows(query.order_by(*order).limit(limit))
         if len(queries) > 1:
             rows.sort(key=lambda row: -row.id)
@@ -108,12 +114,35 @@ class Views:
         query = query.order_by(job.c.rank, job.c.ord, job.c.id).limit(limit)
         return [self._shown(row) for row in self._rows(query)]
 
-    def ahead(self, id: int, lane: int) -> int:
-        """How many jobs of the lane go before this one, counted to 1,000."""
+    def ahead(
+        self, id: int, lane: int, same: Collection[int] = (), first: Collection[int] = ()
+    ) -> int:
+        """How many jobs of the lane go before this one, counted to 1,000.
+
+        Also those of other lanes: all of `first`, and of `same` those that come before it.
+        """
         query = sa.select(job.c.id).where(job.c.ready == lane)
-        first = self._rows(query.order_by(job.c.rank, job.c.ord, job.c.id).limit(AHEAD_LIMIT))
-        ids = [row[0] for row in first]
-        return ids.index(id) if id in ids else len(ids)
+        heads = self._rows(query.order_by(job.c.rank, job.c.ord, job.c.id).limit(AHEAD_LIMIT))
+        ids = [row[0] for row in heads]
+        found = ids.index(id) if id in ids else len(ids)
+        others = [(one, None) for one in first] + [(one, id) for one in same if one != lane]
+        for one, before in others:
+            if found >= AHEAD_LIMIT:
+                break
+            found += self._waiting(one, before)
+        return min(found, AHEAD_LIMIT)
+
+    def _waiting(self, lane: int, before: int | None) -> int:
+        """How many jobs of a lane can be claimed, or of them those that go before another job."""
+        query = sa.select(job.c.id).where(job.c.ready == lane)
+        if before is not None:
+            mine = sa.alias(job)
+            place = (mine.c.rank, mine.c.ord, mine.c.id)
+            query = query.where(
+                mine.c.id == before, sa.tuple_(job.c.rank, job.c.ord, job.c.id) < sa.tuple_(*place)
+            )
+        counted = query.limit(AHEAD_LIMIT).subquery()
+        return int(self._rows(sa.select(sa.func.count()).select_from(counted))[0][0])
 
     def history(self, id: int) -> list[dict[str, Any]]:
         """Every change of state, the oldest first."""

@@ -48,9 +48,14 @@ def format_duration(seconds: float) -> str:
 def instant(text: str) -> int:
     """The microsecond an ISO 8601 time names; without zone or offset it is local time."""
     try:
-        return (datetime.fromisoformat(text.strip()).astimezone(UTC) - _EPOCH) // _MICROSECOND
+        return micros(datetime.fromisoformat(text.strip()))
     except (ValueError, OverflowError, OSError):
         raise ValueError(f"{text!r} is not a time such as 2026-12-01T02:00:00Z") from None
+
+
+def micros(at: datetime) -> int:
+    """The microsecond of a datetime; without a zone it is local time."""
+    return (at.astimezone(UTC) - _EPOCH) // _MICROSECOND
 
 
 def iso(at: int) -> str:

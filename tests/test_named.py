@@ -1,0 +1,273 @@
+"""Named queues, pools, limits and gates as users meet them: a real daemon on each database."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from tests.daemons import Daemon, until
+from tests.servers import Postgres
+from tests.stores import Store
+from tests.test_shared import most_tokens, most_within, starts_us
+from upq import schema
+from upq.job import RUNNING
+
+WAIT = "def run(self):\n    note(self.jobdata['n'])\n    gate('go')"
+NOTE = "def run(self):\n    note(self.jobdata.get('n', self.jobid))"
+STORAGE = """
+[pool storage]
+queues = storage.*.high storage.*.default storage.*.low
+concurrent = 1
+[job hold]
+queue = storage.{pool}.{prio}
+params = n pool prio=default
+[job note]
+queue = storage.{pool}.low
+"""
+
+
+@pytest.fixture
+def folder(short_tmp: Path) -> Path:
+    return short_tmp
+
+
+def test_a_queue_is_named_by_the_parameters_and_drained_in_order(url: str, folder: Path) -> None:
+    with Daemon(folder, STORAGE, url, hold=WAIT, note=NOTE) as daemon:
+        first = daemon.submit("hold n:first pool:fast")
+        daemon.until_noted("first")
+        low = daemon.submit("note n:low pool:fast @priority:high")
+        default = daemon.submit("hold n:default pool:slow")
+        high = daemon.submit("hold n:high pool:new prio:high")
+        asked = daemon.submit("note n:asked pool:fast @queue:storage.x.default")
+        assert [daemon.job(id)["queue"] for id in (low, default, high, asked)] == [
+            "storage.fast.low", "storage.slow.default", "storage.new.high", "storage.x.default",
+        ]  # fmt: skip
+        busy = f"1 of 1 places of pool storage are busy (jobs {first})"
+        assert daemon.why(low) == f"{busy}, 3 jobs are ahead of it"
+        assert daemon.why(default) == f"{busy}, 1 jobs are ahead of it"
+        assert daemon.why(high) == f"{busy}, 0 jobs are ahead of it"
+        assert daemon.why(asked) == f"{busy}, 2 jobs are ahead of it"
+        daemon.open_gate()
+        daemon.wait(low)
+        assert daemon.ledger == ["first", "high", "default", "asked", "low"]
+
+
+def test_the_verbs_know_named_queues(url: str, folder: Path) -> None:
+    config = STORAGE + "[job plain]\n[job fixed]\nqueue = night\n"
+    with Daemon(folder, config, url, hold=WAIT, note=NOTE, plain=NOTE, fixed=NOTE) as daemon:
+        queues = {q["queue"]: q for q in daemon.ask("queues")["queues"]}
+        assert set(queues) == {"plain", "night"}
+        ran = daemon.run("note pool:a")["id"]
+        daemon.ask("pause storage.a.low")
+        one = daemon.submit("note pool:a")
+        other = daemon.submit("plain @queue:storage.a.low")
+        assert daemon.job(other)["state"] == "blocked"
+        assert daemon.why(one) == "queue storage.a.low is paused, 0 jobs are ahead of it"
+        assert [j["id"] for j in daemon.ask("jobs queue:storage.a.low")["jobs"]] == [
+            other,
+            one,
+            ran,
+        ]
+        found = daemon.ask("jobs queue:storage.a.low type:note state:blocked")["jobs"]
+        assert [j["id"] for j in found] == [one]
+        assert daemon.ask("jobs queue:none")["jobs"] == []
+        lanes = [q for q in daemon.ask("queues")["queues"] if q["queue"] == "storage.a.low"]
+        assert [(q["type"], q["paused"], q["pool"], q["concurrent"]) for q in lanes] == [
+            ("note", True, "storage", 1), ("plain", True, "storage", 1),
+        ]  # fmt: skip
+        checked = daemon.ask("check note pool:other")
+        assert (checked["queue"], checked["ahead"]) == ("storage.other.low", 0)
+        assert "storage.other.low" not in {q["queue"] for q in daemon.ask("queues")["queues"]}
+        daemon.ask("resume storage.a.low")
+        daemon.wait(one)
+        daemon.wait(other)
+
+
+def test_what_names_no_queue_is_refused_before_the_ack(folder: Path) -> None:
+    with Daemon(folder, STORAGE, hold=WAIT, note=NOTE) as daemon:
+        assert daemon.say("note n:1") == (
+            "ERR bad_params pool: is missing, the queue is storage.{pool}.low"
+        )
+        assert daemon.say("note pool:").startswith("ERR bad_params pool: is missing")
+        assert daemon.say('note pool:"a b"').startswith("ERR bad_params pool: 'storage.a b.low' is")
+        assert daemon.say("note pool:é").startswith("ERR bad_params pool: 'storage.é.low' is")
+        assert daemon.say(f"note pool:{'x' * 250}").startswith("ERR bad_params pool: 'storage.xx")
+        assert daemon.say("note pool:a @queue:a*").startswith("ERR bad_params @queue: 'a*' is not")
+        assert daemon.say(f"note pool:a @queue:{'x' * 256}").startswith("ERR bad_params @queue: ")
+        assert daemon.ask("jobs")["jobs"] == []
+
+
+def test_a_job_and_a_chain_name_queues_too(folder: Path) -> None:
+    parent = (
+        "def run(self):\n"
+        "    a = self.enqueue_newjob('note', {'pool': 'p'})\n"
+        "    b = self.enqueue_newjob('note', {'pool': 'p'}, queue='storage.q.high')\n"
+        "    a.finished.wait(), b.finished.wait()\n"
+        "    return [a.jobid, b.jobid]"
+    )
+    config = STORAGE + "[job parent]\nsubjobs = note\nqueue = storage.x.low\n"
+    with Daemon(folder, config, note=NOTE, hold=WAIT, parent=parent) as daemon:
+        done = daemon.run("parent pool:z")
+        assert [daemon.job(id)["queue"] for id in done["result"]] == [
+            "storage.p.low", "storage.q.high",
+        ]  # fmt: skip
+        children = daemon.ask(f"show {done['id']}")["children"]
+        assert children[-1]["queue"] == "storage.z.low"
+        lost = daemon.run("parent")
+        until(lambda: len(daemon.ask(f"show {lost['id']}")["children"]) == 3)
+        assert daemon.ask(f"show {lost['id']}")["children"][-1]["queue"] == "note"
+
+
+def test_a_parent_in_a_pool_of_one_waits_without_blocking_it(folder: Path) -> None:
+    parent = (
+        "def run(self):\n"
+        "    n = self.jobdata['n']\n"
+        "    if n:\n"
+        "        child = self.enqueue_newjob('parent', {'n': n - 1})\n"
+        "        child.finished.wait()\n"
+        "        return child.result + 1\n"
+        "    return 0"
+    )
+    config = "[pool p]\nqueues = q\n[job parent]\nqueue = q\nconcurrent = 1\nparams = n:int\n"
+    with Daemon(folder, config, parent=parent) as daemon:
+        assert daemon.run("parent n:4")["result"] == 4
+
+
+def test_cancel_finds_a_job_in_a_pool(folder: Path) -> None:
+    body = "def run(self):\n    note('here')\n    gate('never', lambda: self.cancelled)"
+    config = "[pool p]\nqueues = q\n[job hold]\nqueue = q\n"
+    with Daemon(folder, config, hold=body) as daemon:
+        id = daemon.submit("hold")
+        daemon.until_noted("here")
+        daemon.ask(f"cancel {id}")
+        assert daemon.wait(id)["state"] == "cancelled" or daemon.job(id)["state"] == "done"
+
+
+def test_reload_adds_and_removes_pools_and_limits(folder: Path) -> None:
+    with Daemon(folder, "[job hold]\n", hold=WAIT) as daemon:
+        ids = [daemon.submit(f"hold n:{n} @queue:a.{n}") for n in range(6)]
+        daemon.until_noted("0")
+        daemon.configure("[node]\npools = p\n[pool p]\nqueues = a.*\nconcurrent = 3\n[job hold]\n")
+        assert daemon.ask("reload")["warnings"] == []
+        until(lambda: len(daemon.ledger) == 4)
+        busy = "3 of 3 places of pool p are busy"
+        assert daemon.why(ids[5]).startswith(busy)
+        daemon.configure("[tokens]\nt = 1\n[job hold]\nneeds = t\nconcurrent = 9\n")
+        daemon.ask("reload")
+        until(lambda: daemon.why(ids[5]).startswith("it needs t:1, -3 of 1 are free"))
+        daemon.configure("[job hold]\nneeds = t\n")
+        assert "needs: no t in [tokens]" in daemon.say("reload")
+        daemon.open_gate()
+        for id in ids:
+            daemon.wait(id)
+
+
+def test_a_closed_gate_is_told_and_opens(folder: Path) -> None:
+    config = (
+        "[node]\nname = n1\npools = x\n[pool x]\nqueues = x\n[pool y]\nqueues = y\n"
+        "[job shut]\nwindow = {day} 00:00-24:00 UTC\n[job full]\nmin_free = /gone/away 1K\n"
+        "[job note]\nqueue = y\n"
+    )
+    day = time.strftime("%a", time.gmtime(time.time() + 3 * 86400)).lower()
+    with Daemon(folder, config.format(day=day), shut=NOTE, full=NOTE, note=NOTE) as daemon:
+        shut, full, other = (daemon.submit(f"{name} n:1") for name in ("shut", "full", "note"))
+        assert [daemon.job(id)["state"] for id in (shut, full, other)] == ["blocked"] * 3
+        opens = time.strftime("%Y-%m-%dT00:00:00", time.gmtime(time.time() + 3 * 86400))
+        assert daemon.why(shut).startswith(f"window {day} 00:00-24:00 UTC is closed until {opens}")
+        why = "disk /gone/away: No such file or directory, 0 jobs are ahead of it"
+        assert daemon.why(full) == why
+        assert "queue y is of pool y, which n1 does not serve" in daemon.why(other)
+        reasons = {q["type"]: q["reason"] for q in daemon.ask("queues")["queues"]}
+        assert reasons["full"] == "disk /gone/away: No such file or directory"
+        assert daemon.ask("status")["jobs"]["blocked"] == 3
+        daemon.configure("[job shut]\n[job full]\nmin_free = / 1K\n[job note]\n")
+        daemon.ask("reload")
+        for id in (shut, full, other):
+            daemon.wait(id)
+
+
+# The figures
+
+
+def test_a_hundred_a_second_for_twenty_seconds_under_pressure(folder: Path) -> None:
+    config = "[job note]\nrate = 100/s\nconcurrent = 4\n"
+    with Daemon(folder, config, note="def run(self):\n    pass") as daemon:
+        daemon.ask("pause note")
+        with daemon.talk() as talk:
+            talk.send("note\n" * 3000)
+            assert all(talk.read().startswith("ACK ") for _ in range(3000))
+        id = daemon.submit("note")
+        daemon.ask("resume note")
+        until(lambda: "rate 100/s is used up until" in daemon.why(id))
+        assert daemon.job(id)["state"] in ("blocked", "queued")
+        time.sleep(21)
+        daemon.end()
+        with Store(f"sqlite:///{folder}/state/upq.db") as store:
+            starts = starts_us(store)
+    inside = [at for at in starts if at < starts[0] + 20_000_000]
+    print(len(inside), "starts in 20 s, at most", most_within(starts, 1_000_000), "in 1 s")
+    assert most_within(starts, 1_000_000) <= 100 + 20
+    assert 2000 * 0.97 <= len(inside) <= 2000 * 1.03
+
+
+@pytest.fixture
+def pair(postgres: Postgres, tmp_path: Path, short_tmp: Path) -> Iterator[tuple[str, list[Daemon]]]:
+    """Two daemons on one PostgreSQL."""
+    body = "def run(self):\n    import time\n    time.sleep(0.01)"
+    config = (
+        "[node]\nname = n{n}\n[tokens]\ndisk = 4\n"
+        "[job one]\nneeds = disk\nconcurrent = 6\n[job two]\nneeds = disk:2\nconcurrent = 6\n"
+        "[job often]\nrate = 50/s\nconcurrent = 4\n"
+    )
+    with postgres.database() as url:
+        made = []
+        for n in (1, 2):
+            (short_tmp / str(n)).mkdir()
+            made.append(
+                Daemon(short_tmp / str(n), config.format(n=n), url, one=body, two=body, often=body)
+            )
+        with made[0], made[1]:
+            yield url, made
+
+
+def test_two_daemons_and_kill_9_never_hold_more_tokens_than_there_are(
+    pair: tuple[str, list[Daemon]],
+) -> None:
+    url, daemons = pair
+    ids = []
+    for n in range(60):
+        ids += [daemons[n % 2].submit(f"one @queue:q{n % 3}"), daemons[1 - n % 2].submit("two")]
+        if n % 20 == 10:
+            daemons[n % 2].restart()
+    for id in ids:
+        daemons[0].wait(id)
+    for daemon in daemons:
+        daemon.end()
+    with Store(url) as store:
+        print("most tokens held:", most := most_tokens(store, {"one": 1, "two": 2}))
+        assert 2 < most <= 4
+
+
+def test_two_daemons_share_a_rate_and_say_so(pair: tuple[str, list[Daemon]]) -> None:
+    url, daemons = pair
+    daemons[0].ask("pause often")
+    with daemons[0].talk() as talk:
+        talk.send("often\n" * 800)
+        assert all(talk.read().startswith("ACK ") for _ in range(800))
+    daemons[0].ask("resume often")
+    time.sleep(11)
+    for daemon in daemons:
+        daemon.end()
+    with Store(url) as store:
+        starts = starts_us(store)
+        ran = sa.select(schema.event.c.node).where(schema.event.c.state == RUNNING)
+        nodes = {row[0] for row in store.fetch(ran)}
+    inside = [at for at in starts if at < starts[0] + 10_000_000]
+    print(len(inside), "starts in 10 s, at most", most_within(starts, 1_000_000), "in 1 s")
+    assert most_within(starts, 1_000_000) <= 50 + 10
+    assert 500 * 0.9 <= len(inside) <= 510
+    assert nodes == {"n1", "n2"}
