@@ -21,6 +21,7 @@ from upq import when
 from upq.access import unknown_principals
 from upq.errors import ConfigError
 from upq.ini import Ini, Item, Place
+from upq.job import WHEN_BUSY
 from upq.kinds import (
     ALLOWED,
     COMMAND,
@@ -31,6 +32,7 @@ from upq.kinds import (
     EXIT_CODES,
     FACTOR,
     GROUP,
+    KEY,
     LOG_FORMAT,
     LOOPBACK,
     MAIL_SERVER,
@@ -47,15 +49,17 @@ from upq.kinds import (
     TARGETS,
     TEXT,
     TIME_LIMIT,
+    UNIQUE,
     USER,
     YES_NO,
     Address,
     Kind,
+    Unique,
     number,
     one_of,
 )
 from upq.notify import NOTIFY
-from upq.params import Param, ParamSpec, placeholders, shown, suggest
+from upq.params import Param, ParamSpec, key_names, placeholders, shown, suggest
 from upq.protocol import VERBS
 
 T = TypeVar("T")
@@ -258,6 +262,35 @@ class JobSettings:
     env: dict[str, str] = setting(ENVIRONMENT, "", "Environment of the command.")
     cwd: str = setting(PATH, "", "Folder the command runs in; empty: the daemon's.")
     priority: int = setting(PRIORITY, "default", "high (10), default (0), low (-10) or a number.")
+    unique: Unique | None = setting(
+        UNIQUE,
+        "",
+        "Of jobs with the same values of these parameters (`fid,path`, or `params` for all) one is"
+        " queued; a repeated submit is answered with its id. The values are free again when it has"
+        " ended, after `while queued` when it starts, after `for 1h` not before that time.",
+    )
+    serial: str = setting(
+        KEY,
+        "",
+        "`vm:{id}`: jobs with the same text run one at a time, in the order of their submits; those"
+        " that wait hold no place. Jobs of other types take turns with them if their text is the"
+        " same.",
+    )
+    expires_s: float = setting(
+        DURATION,
+        "0",
+        "A job that has not started so long after its submit, or after its `@in` or `@at`, never"
+        " starts; 0: no limit.",
+    )
+    max_queue: int = setting(
+        number(0), "0", "`ERR busy` when so many jobs of this type wait; 0: no limit."
+    )
+    when_busy: str = setting(
+        one_of(*WHEN_BUSY),
+        "queue",
+        "While jobs of this type (with `serial`: of the same text) are unfinished a submit waits,"
+        " is refused with `ERR busy`, or replaces those that have not started.",
+    )
     submit: tuple[str, ...] | None = setting(
         ALLOWED, "", "Who may submit it on the UNIX socket; empty: as in `[access]`."
     )
@@ -305,8 +338,8 @@ LATER = {
     "listen": ("tls", "tokens"),
     "node": ("pools",),
     "job": (
-        *("on_fail", "queue", "rate", "unique", "schedule", "executor"),
-        *("nice", "memory_limit", "keep", "serial"),
+        *("on_fail", "queue", "rate", "schedule", "executor"),
+        *("nice", "memory_limit", "keep"),
     ),
 }
 
@@ -426,10 +459,16 @@ def _with_params(job: JobSettings, ini: Ini) -> JobSettings:
     if job.params:
         names = job.params.names
         used = [("command", name) for name in wanted] + [("secret", name) for name in job.secret]
+        used += [("serial", name) for name in key_names(job.serial)]
+        used += [("unique", name) for name in (job.unique and job.unique.names) or ()]
         for key, name in used:
             if name not in names:
                 place = ini.place(f"job {job.name}", key)
                 ini.fault(place, f"{key}: no parameter {shown(name)}{suggest(name, names)}")
+    for name in key_names(job.serial):
+        if name in job.secret:
+            place = ini.place(f"job {job.name}", "serial")
+            ini.fault(place, f"serial: {name} is secret, and the text of a turn is shown")
     return job
 
 
