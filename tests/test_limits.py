@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import Counter, defaultdict
@@ -53,7 +54,8 @@ def new(type: str = "hash", /, **fields: Any) -> NewJob:
 
 def ready(store: Store) -> list[int]:
     """The jobs that can be claimed."""
-    return [row.id for row in store.fetch(sa.select(job.c.id).where(job.c.ready.is_not(None)))]
+    query = sa.select(job.c.id).where(job.c.ready.is_not(None)).order_by(job.c.id)
+    return [row.id for row in store.fetch(query)]
 
 
 def reason(store: Store, id: int) -> str:
@@ -374,6 +376,8 @@ def test_a_job_freed_while_another_has_the_turn_waits(store: Store) -> None:
 def test_a_job_has_a_larger_id_than_all_it_waits_for(url: str) -> None:
     """Or jobs of a line could wait for each other, in the order of the ids and for the ends."""
     with Store(url) as store, store.beside() as other:
+        if not store.queue.shared:
+            pytest.skip("SQLite serves one daemon")
         store.submit()
         theirs = other.submit(limits=TURN)
         assert store.submit(limits=TURN, after=(theirs,)) > theirs
@@ -494,14 +498,14 @@ def test_never_two_of_a_key_at_once_on_two_daemons(url: str) -> None:
                         here.queue.finish(one, Outcome(state, run_at=run_at))
                     here.flush()
                     if not got:
-                        if submitted.is_set() and not unfinished(here):
+                        if submitted.is_set() and not drop_held(here) and not unfinished(here):
                             return
                         time.sleep(0.005)
 
             return until_nothing_is_left
 
         def submit_all() -> None:
-            at_once(*[churn.submitter((store, other)[n % 2], n, 30) for n in range(6)])
+            at_once(*[churn.submitter((store, other)[n % 2], n, 20) for n in range(4)])
             submitted.set()
 
         at_once(submit_all, *[work((store, other)[n % 2], n) for n in range(4)])
@@ -512,9 +516,18 @@ def test_never_two_of_a_key_at_once_on_two_daemons(url: str) -> None:
 
 
 def unfinished(store: Store) -> list[int]:
-    # A job that waits for one that was cancelled waits for ever.
-    states = (QUEUED, RUNNING)
+    states = (QUEUED, RUNNING, BLOCKED)
     return [r.id for r in store.fetch(sa.select(job.c.id).where(job.c.state.in_(states)))]
+
+
+def drop_held(store: Store) -> list[int]:
+    """Cancel what waits for jobs that were cancelled, and holds up its line."""
+    held = sa.select(job.c.id).where(job.c.state == BLOCKED, job.c.reason.like("%is cancelled%"))
+    ids = [row.id for row in store.fetch(held)]
+    for id in ids:
+        with contextlib.suppress(WrongState):
+            store.queue.cancel(id, "root")
+    return ids
 
 
 # Expiry
@@ -570,22 +583,22 @@ def test_blocked_jobs_expire_and_hold_those_after_them(store: Store) -> None:
 
 
 def test_what_has_started_does_not_expire(store: Store) -> None:
-    soon = when.now() + 50_000
+    soon = when.now() + 400_000
     first = store.submit(limits=Limits(expires_at=soon))
     running = store.claim_one()
     assert store.row(first).expires_at is None
-    time.sleep(0.06)
+    time.sleep(0.45)
     end(store, running, QUEUED)
     store.queue.expire(no_jobs)
     assert store.claim_one().id == first
 
 
 def test_a_claim_that_is_given_back_was_no_start(store: Store) -> None:
-    soon = when.now() + 50_000
+    soon = when.now() + 400_000
     first = store.submit(limits=Limits(expires_at=soon))
     end(store, store.claim_one(), QUEUED, counts=False)
     assert store.row(first).expires_at == soon
-    time.sleep(0.06)
+    time.sleep(0.45)
     assert store.claim(9) == []
     store.queue.expire(no_jobs)
     assert store.views.job(first)["state"] == EXPIRED
@@ -706,8 +719,8 @@ def test_replace_with_a_turn_looks_at_the_key(store: Store) -> None:
     second = store.submit(limits=limits)
     other = store.submit(limits=limits._replace(serial="vm:6"))
     third = store.submit(limits=limits)
-    assert store.views.job(first)["reason"] == f"replaced by {third}"
-    assert store.views.job(second)["state"] == CANCELLED
+    assert store.views.job(first)["reason"] == f"replaced by {second}"
+    assert store.views.job(second)["reason"] == f"replaced by {third}"
     assert ready(store) == [other, third]
     with pytest.raises(Busy):
         store.submit(limits=limits._replace(serial="vm:7"))

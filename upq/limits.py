@@ -281,20 +281,21 @@ class Limiter:
         for id, key, lane_id, state, run_at, attempt in self._tx.fetch_rows(
             st.HEADS, sorted(first)
         ):
-            if state != QUEUED:
-                continue  # blocked: the line waits with it
+            waits = state == BLOCKED  # and the line with it
+            names.append((st.LINE + key, 0 if waits else id))
+            if waits:
+                continue
             later = run_at is not None and run_at > batch.now
             turns.append((id, None if later else lane_id, run_at if later else None))
-            names.append((st.LINE + key, id))
             batch.note_due(run_at if later else None)
             at = self._came.get(id)
             if at is None:
                 batch.moved(id, lane_id, QUEUED, QUEUED, reason="its turn", attempt=attempt)
             elif batch.events[at].reason != "retry":
                 batch.events[at] = batch.events[at]._replace(reason="")
+        self._tx.run_rows(st.SET_LIMITS, sorted(names))
         if turns:
             self._tx.run_rows(st.GIVE_TURNS, sorted(turns))
-            self._tx.run_rows(st.SET_LIMITS, sorted(names))
 
     def mend(self) -> None:
         """Move lines that have come to a stand."""
