@@ -234,7 +234,7 @@ def _check_target(target: str) -> None:
 
 def _unique(text: str) -> Unique:
     """`params`, `fid,path`, each with `while queued`, `while unfinished` or `for 1h` after it."""
-    match = re.fullmatch(r"(.*?)(?:\s+(while|for)(?:\s+(.*))?)?", _one_line(text))
+    match = re.fullmatch(r"(.*?)(?:(?:^|\s+)(while|for)(?:\s+(.*))?)?", _one_line(text))
     names, mode, rest = match.groups() if match else (text, None, None)
     named = _list(names)
     for name in named:
