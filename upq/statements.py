@@ -479,7 +479,9 @@ def lock_limits(dialect: str) -> ClauseElement:
         return chosen_in.on_duplicate_key_update(at=limit.c.at)
     kind: Any = sqlite if dialect == "sqlite" else postgresql
     new: Any = kind.insert(limit).from_select(["name", "at"], chosen, include_defaults=False)
-    made: ClauseElement = new.on_conflict_do_update(index_elements=["name"], set_={"at": limit.c.at})
+    made: ClauseElement = new.on_conflict_do_update(
+        index_elements=["name"], set_={"at": limit.c.at}
+    )
     return made
 
 
