@@ -19,6 +19,7 @@ FLOORS = (
     "db cli",
     "sql",
     "writer statements",
+    "limits",
     "batch record kinds ini",
     "config queue views",
     "jobtypes",

@@ -25,11 +25,14 @@ from upq.job import (
     FAILED,
     FINAL,
     QUEUED,
+    REPLACE,
     RUNNING,
     Accepted,
     Job,
+    Limits,
     Outcome,
 )
+from upq.limits import Limiter, kept, kept_text, turn_reason
 from upq.sql import Sql, Tx
 from upq.writer import Replay
 
@@ -52,6 +55,9 @@ class Submit:
     rows: list[list[Any]]
     after: list[tuple[int, ...]]
     who: str
+    #: Of each job, its limits; None when none has any. The rows of those that have some go on with
+    #: LIMITED.
+    limits: list[Limits | None] | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -165,6 +171,14 @@ class Batch:
         self.spent: dict[str, Spent | None] = {}
         self._told: list[tuple[Callable[[bool], None], bool]] = []
         self._first = 0
+        self._limiter: Limiter | None = None
+
+    @property
+    def limiter(self) -> Limiter:
+        """What this batch does for jobs that have limits; made when it meets the first."""
+        if self._limiter is None:
+            self._limiter = Limiter(self)
+        return self._limiter
 
     def run(self, changes: Sequence[Any]) -> None:
         """All the changes, each with its result. Raises Replay when they do not fit together."""
@@ -183,6 +197,8 @@ class Batch:
                     done[id(one)] = error
             elif type(one) is Claim:
                 done[id(one)] = self._claim(one.wants)
+        if self._limiter is not None:
+            self._limiter.settle()
         self._claim_at_once()
         self._settle()
         self.results = [done[id(one)] for one in changes]
@@ -275,11 +291,34 @@ class Batch:
                 state, reason = row[st.AT["state"]], row[st.AT["reason"]]
                 self.moved(row[0], row[1], None, state, reason=reason, who=who)
                 self.note_due(row[st.AT["due_at"]])
-        if fresh:
-            self.tx.run_rows(st.INSERT_JOBS, fresh)
+                if len(row) > st.PLAIN:
+                    self.note_due(row[st.AT["expires_at"]])
+                    if (line := row[st.AT["serial_key"]]) is not None:
+                        self.limiter.came(row[0], line)
+            if one.limits is not None and any(m and m.when_busy == REPLACE for m in one.limits):
+                self._store(fresh, edges)
+                fresh, edges = [], []
+                self.limiter.replace(new, self._limits_of(one, new), who)
+        self._store(fresh, edges)
+        return results
+
+    def _store(self, fresh: list[list[Any]], edges: list[tuple[int, int]]) -> None:
+        plain = [row for row in fresh if len(row) == st.PLAIN]
+        if plain:
+            self.tx.run_rows(st.INSERT_JOBS, plain)
+        if len(plain) < len(fresh):
+            limited = [row for row in fresh if len(row) > st.PLAIN]
+            self.tx.run_rows(st.INSERT_LIMITED, limited)
         if edges:
             self.tx.run_rows(st.INSERT_EDGES, edges)
-        return results
+        if self._limiter is not None:
+            self._limiter.inserted()
+
+    @staticmethod
+    def _limits_of(one: Submit, new: list[list[Any]]) -> list[Limits | None]:
+        """The limits of those of a submit's jobs that are new."""
+        by_id = dict(zip((row[0] for row in one.rows), one.limits or (), strict=False))
+        return [by_id.get(row[0]) for row in new]
 
     def _known_keys(self, submits: Sequence[Submit]) -> dict[str, tuple[int, str]]:
         """Keys that jobs have already, each with the job's id and params."""
@@ -290,6 +329,15 @@ class Batch:
             if keys:
                 for key, id, _, params in self.tx.fetch_rows(sql, keys):
                     known[key] = (id, params)
+        uniques = [
+            key
+            for one in submits
+            if one.limits is not None
+            for row in one.rows
+            if len(row) > st.PLAIN and (key := row[st.AT["uniq_key"]]) is not None
+        ]
+        if uniques:
+            known.update(self.limiter.holders(uniques))
         return known
 
     def _accept(
@@ -300,7 +348,9 @@ class Batch:
         fresh: list[list[Any]] = []
         edges: list[tuple[int, int]] = []
         own: dict[str, tuple[int, str]] = {}
-        for row, after in zip(one.rows, one.after, strict=True):
+        before = Counter[str]()
+        limits = one.limits or [None] * len(one.rows)
+        for row, after, limit in zip(one.rows, one.after, limits, strict=True):
             key = row[st.AT["idem_key"]] or row[st.AT["child_key"]]
             found = known.get(key) or own.get(key) if key else None
             if found is not None:
@@ -309,6 +359,18 @@ class Batch:
                     raise KeyConflict(f"job {found[0]} has this key, with other params")
                 accepted.append(Accepted(found[0], duplicate=True))
                 continue
+            if limit is not None:
+                unique = row[st.AT["uniq_key"]]
+                found = known.get(unique) or own.get(unique) if unique else None
+                if row[st.AT["child_key"]] is not None:
+                    self.limiter.check_child(row, found)
+                if found is not None:
+                    accepted.append(Accepted(found[0], duplicate=True))
+                    continue
+                self.limiter.admit(row, limit, before)
+                before.update((row[st.AT["type"]], row[st.AT["serial_key"]] or ""))
+                if unique:
+                    own[unique] = (row[0], "")
             if after:
                 edges += self._wait_for(row, after)
             if key:
@@ -359,6 +421,8 @@ class Batch:
         return claimed
 
     def _start(self, picked: list[Any]) -> list[tuple[Any, int, int]]:
+        if any(row[6] for row in picked):
+            picked = self.limiter.begin(picked)
         if not picked:
             return []
         tokens = new_tokens(len(picked))
@@ -456,9 +520,20 @@ class Batch:
             self.note_due(outcome.run_at)
             if one.told is not None:
                 self._told.append((one.told, True))
+            if ended.options:
+                self._end_limited(one)
         self._keep_outputs(finishes)
         self._follow(finishes)
         return [True] * len(finishes)
+
+    def _end_limited(self, one: Finish) -> None:
+        limits, outcome = kept(one.job.options), one.outcome
+        if not limits:
+            return
+        if outcome.state in FINAL:
+            self.limiter.free([(one.job.id, limits)])
+        elif not outcome.counts and one.job.attempt == 1:
+            self.limiter.given_back(one.job.id, limits)
 
     def _keep_outputs(self, finishes: list[Finish]) -> None:
         outputs = [
@@ -506,16 +581,25 @@ class Batch:
         self.tx.run_rows(st.LOWER_WAITS, counts)
         self.tx.run_rows(st.DELETE_EDGES, ids)
         free = []
-        for id, lane_id, run_at, attempt, waits, state in sorted(
+        turns = []
+        for id, lane_id, run_at, attempt, waits, state, line, options in sorted(
             self.tx.fetch_rows(st.WAITS_OF, [(id,) for id, _ in counts])
         ):
-            if waits == 0 and state == BLOCKED:
+            if waits == 0 and state == BLOCKED and line is not None:
+                reason = turn_reason(kept_text(options))
+                free.append((id, None, None))
+                turns.append((id, reason))
+                self.moved(id, lane_id, BLOCKED, QUEUED, reason=reason, attempt=attempt)
+                self.limiter.came(id, line)
+            elif waits == 0 and state == BLOCKED:
                 later = run_at is not None and run_at > self.now
                 free.append((id, None if later else lane_id, run_at if later else None))
                 self.note_due(run_at if later else None)
                 self.moved(id, lane_id, BLOCKED, QUEUED, attempt=attempt)
         if free:
             self.tx.run_rows(st.FREE_JOBS, free)
+        if turns:
+            self.tx.run_rows(st.BLOCK_JOBS, turns)
 
     def hold_dependents(self, changed: list[tuple[int, str]]) -> None:
         """Say on those who wait for these jobs what they wait for, now that it has changed."""

@@ -297,6 +297,10 @@ class Claimer:
             unheard = True
         if unheard or (queue.next_due is not None and queue.next_due <= when.now()):
             self._hot |= set(queue.stage())
+        if queue.next_due is not None and queue.next_due <= when.now():
+            # Not staged, so it is overdue.
+            self._hot |= queue.expire(self._runner.expired)
+            self._hot |= set(queue.stage())
         if unheard:
             self._hot |= set(queue.lanes)
         self._missed = False

@@ -22,6 +22,7 @@ from upq.access import unknown_principals
 from upq.errors import ConfigError
 from upq.gates import Free, Gate, Load, Window
 from upq.ini import Ini, Item, Place
+from upq.job import WHEN_BUSY
 from upq.kinds import (
     ALLOWED,
     AMOUNTS,
@@ -33,6 +34,7 @@ from upq.kinds import (
     EXIT_CODES,
     FACTOR,
     GROUP,
+    KEY,
     LOAD,
     LOG_FORMAT,
     LOOPBACK,
@@ -55,17 +57,19 @@ from upq.kinds import (
     TARGETS,
     TEXT,
     TIME_LIMIT,
+    UNIQUE,
     USER,
     WINDOW,
     YES_NO,
     Address,
     Kind,
     Pattern,
+    Unique,
     number,
     one_of,
 )
 from upq.notify import NOTIFY
-from upq.params import Param, ParamSpec, names_in, placeholders, shown, suggest
+from upq.params import Param, ParamSpec, key_names, names_in, placeholders, shown, suggest
 from upq.protocol import VERBS
 from upq.rates import Rate
 
@@ -341,6 +345,35 @@ class JobSettings:
     min_free: tuple[Free, ...] = setting(
         MIN_FREE, "", "Start jobs only while so much is free on disk: `/srv 20G, /var 1G`."
     )
+    unique: Unique | None = setting(
+        UNIQUE,
+        "",
+        "Of jobs with the same values of these parameters (`fid,path`, or `params` for all) one is"
+        " queued; a repeated submit is answered with its id. The values are free again when it has"
+        " ended, after `while queued` when it starts, after `for 1h` not before that time.",
+    )
+    serial: str = setting(
+        KEY,
+        "",
+        "`vm:{id}`: jobs with the same text run one at a time, in the order of their submits; those"
+        " that wait hold no place. Jobs of other types take turns with them if their text is the"
+        " same.",
+    )
+    expires_s: float = setting(
+        DURATION,
+        "0",
+        "A job that has not started so long after its submit, or after its `@in` or `@at`, never"
+        " starts; 0: no limit.",
+    )
+    max_queue: int = setting(
+        number(0), "0", "`ERR busy` when so many jobs of this type wait; 0: no limit."
+    )
+    when_busy: str = setting(
+        one_of(*WHEN_BUSY),
+        "queue",
+        "While jobs of this type (with `serial`: of the same text) are unfinished a submit waits,"
+        " is refused with `ERR busy`, or replaces those that have not started.",
+    )
     submit: tuple[str, ...] | None = setting(
         ALLOWED, "", "Who may submit it on the UNIX socket; empty: as in `[access]`."
     )
@@ -407,10 +440,7 @@ LATER = {
     "": ("http", "schedule", "autoscale"),
     "daemon": ("max_abandoned",),
     "listen": ("tls", "tokens"),
-    "job": (
-        *("on_fail", "unique", "schedule", "executor"),
-        *("nice", "memory_limit", "keep", "serial"),
-    ),
+    "job": ("on_fail", "schedule", "executor", "nice", "memory_limit", "keep"),
 }
 
 #: Bytes that the kernel allows the path of a UNIX socket.
@@ -530,6 +560,8 @@ def _with_params(job: JobSettings, ini: Ini) -> JobSettings:
         names = job.params.names
         used = [("command", name) for name in wanted] + [("secret", name) for name in job.secret]
         used += [("queue", name) for name in names_in(job.queue)]
+        used += [("serial", name) for name in key_names(job.serial)]
+        used += [("unique", name) for name in (job.unique and job.unique.names) or ()]
         for key, name in used:
             if name not in names:
                 place = ini.place(f"job {job.name}", key)
@@ -537,6 +569,10 @@ def _with_params(job: JobSettings, ini: Ini) -> JobSettings:
     for name in sorted(job.secret & set(names_in(job.queue))):
         place = ini.place(f"job {job.name}", "queue")
         ini.fault(place, f"queue: {name} is secret, and a queue's name is shown to all")
+    for name in key_names(job.serial):
+        if name in job.secret:
+            place = ini.place(f"job {job.name}", "serial")
+            ini.fault(place, f"serial: {name} is secret, and the text of a turn is shown")
     return job
 
 

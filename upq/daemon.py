@@ -47,6 +47,8 @@ log = logging.getLogger("upq")
 
 #: Seconds between two looks for jobs older than the retention.
 PURGE_S = 10.0
+#: Seconds between two looks at lines of `serial` that nobody moves.
+LINES_S = 60.0
 #: Exit status for a damaged database file: to start again would not help (EX_DATAERR).
 DAMAGED = 65
 #: Failures of one of the daemon's own threads after which it gives up.
@@ -98,6 +100,7 @@ class Daemon:
         self._open_doors()
         self._clock.every(BEAT_S, "beat", self._queue.beat)
         self._clock.every(PURGE_S, "retention", self._purge)
+        self._clock.every(LINES_S, "turns", self._queue.mend_lines)
         interval_s = systemd.watchdog_interval_s()
         if interval_s is not None:
             self._clock.every(interval_s, "watchdog", self._ping_watchdog)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from sqlalchemy import Engine
 
-from upq.errors import NotFound, RequestError, UpqError
+from upq.errors import KeyTaken, NotFound, RequestError, UpqError
 from upq.events import Event
 from upq.job import FINAL, Accepted, Job, NewJob
 from upq.plugins import UpqJob
@@ -185,7 +185,10 @@ class JobDesk:
             if found is not None:
                 id, again = found
                 if again:
-                    self._queue.retry(id, job.submitter)
+                    try:
+                        self._queue.retry(id, job.submitter)
+                    except KeyTaken as taken:
+                        id = taken.holder
                 return JobChild(self, parent, id, jobname)
         new = NewJob(jobname, params, queue, submitter=job.submitter, parent=job.id, root=job.root,
                      child_key=key)  # fmt: skip

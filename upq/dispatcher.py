@@ -49,7 +49,7 @@ from upq.wire import Ack
 log = logging.getLogger(__name__)
 
 #: Options of a submit that later versions read.
-NOT_YET = {"node": "@node:", "expires_s": "@expires:"}
+NOT_YET = {"node": "@node:"}
 #: Queues and types in them that there may be: each costs a few rows for ever.
 LANES_LIMIT = 20_000
 #: Jobs that one submit_many may hold.
@@ -180,6 +180,8 @@ class Dispatcher:
         new.priority = kind.cfg.priority
         if kind.cfg.queue or new.queue:
             self._set_queue(new, kind, new.queue)
+        if kind.limited:
+            new.limits = kind.limits(new.params)
         if kind.checks:
             self._ask(kind, new.params)
         stored = self._queue.submit([[new]])[0]
@@ -220,6 +222,8 @@ class Dispatcher:
             self._set_queue(new, kind, options.queue)
         if options is not protocol.NO_OPTIONS:
             self._set_options(new, kind, options)
+        if kind.limited or options.expires_s is not None:
+            new.limits = kind.limits(params, new.run_at, options.expires_s)
         if self._max_queue:
             self._refuse_when_full()
         return new, message
@@ -412,6 +416,7 @@ class Dispatcher:
         job = self._readable(args["id"], peer)
         return {
             "job": job,
+            "why": self._reason(job),
             "history": self._views.history(args["id"]),
             "children": self._views.children(args["id"]),
         }
@@ -473,6 +478,12 @@ class Dispatcher:
         return {"id": job["id"], "state": job["state"], "why": self._reason(job)}
 
     def _reason(self, job: dict[str, Any]) -> str:
+        reason = self._cause(job)
+        if job["expires_at"] is not None and job["state"] in (QUEUED, BLOCKED):
+            return f"{reason}; it expires at {job['expires_at']}"
+        return reason
+
+    def _cause(self, job: dict[str, Any]) -> str:
         id, state = job["id"], job["state"]
         if state in FINAL:
             return f"it is {state} since {job['ended_at']}" + (
@@ -491,6 +502,8 @@ class Dispatcher:
             return self._queue.writer.trouble
         if self._claimer.drained:
             return "the daemon is drained; `resume` lets it start jobs again"
+        if (turn := self._views.turn(id)) is not None:
+            return f"it waits for its turn behind job {turn.holder} (key {turn.key})"
         if job["run_at"] is not None and when.instant(job["run_at"]) > when.now():
             cause = f" ({job['reason']}: {job['message']})" if job["reason"] else ""
             return f"it is not to start before {job['run_at']}{cause}"

@@ -10,6 +10,7 @@ UpqError
 │   ├── KeyConflict         key_conflict      the same @key: with other params
 │   ├── NotFound            not_found         no job, queue or output of that name
 │   ├── WrongState          wrong_state       the job's state does not allow it
+│   │   └── KeyTaken        wrong_state       another job has its `unique` key
 │   ├── Busy                busy              a limit is reached, come back later
 │   ├── Denied              denied            the peer has no right to it
 │   ├── TooLong             too_long          a line, value or result over its limit
@@ -73,6 +74,14 @@ class NotFound(RequestError):
 
 class WrongState(RequestError):
     code = "wrong_state"
+
+
+class KeyTaken(WrongState):
+    """Another job has the `unique` key."""
+
+    def __init__(self, id: int, holder: int) -> None:
+        super().__init__(f"job {id} cannot be queued again: job {holder} has its unique key now")
+        self.holder = holder
 
 
 class Busy(RequestError):

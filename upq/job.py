@@ -26,6 +26,10 @@ EXPIRED = "expired"
 STATES = (QUEUED, BLOCKED, RUNNING, DONE, FAILED, CANCELLED, EXPIRED)
 FINAL = frozenset((DONE, FAILED, CANCELLED, EXPIRED))
 
+#: What a type does with a submit while jobs of it, or of the same `serial` key, are unfinished:
+#: wait behind them, be refused, or take the place of those that have not started.
+QUEUE, REJECT, REPLACE = WHEN_BUSY = ("queue", "reject", "replace")
+
 #: Names for `@priority:`; larger goes first.
 PRIORITIES = {"high": 10, "default": 0, "low": -10}
 
@@ -72,6 +76,24 @@ class Job(NamedTuple):
     ended_at: int | None
 
 
+class Limits(NamedTuple):
+    """What a job is held to by its type's section or by its submit."""
+
+    #: No two jobs of a type have the same text here; "" for none.
+    unique: str = ""
+    #: The text is free again when the job starts, and not only when it has ended,
+    until_start: bool = False
+    #: but at the earliest so many microseconds after the submit.
+    unique_us: int = 0
+    #: Jobs with the same text, of whatever type, run one after another; "" for none.
+    serial: str = ""
+    expires_at: int | None = None
+    #: Jobs of the type that may wait; 0 for any number.
+    max_queue: int = 0
+    #: What becomes of a submit while others are unfinished: see WHEN_BUSY.
+    when_busy: str = QUEUE
+
+
 @dataclass(slots=True)
 class NewJob:
     """A job to be queued."""
@@ -92,6 +114,7 @@ class NewJob:
     parent: int | None = None
     root: int | None = None
     child_key: str | None = None
+    limits: Limits | None = None
 
 
 class Accepted(NamedTuple):

@@ -18,12 +18,12 @@ from upq.config import JobSettings, Mail, PoolSettings, Settings
 from upq.draws import Bounds, Level, Plan, Token
 from upq.errors import BadParams, Broken, Disabled, Refused, RequestError, UnknownCommand
 from upq.gates import Closed
-from upq.job import Job
+from upq.job import QUEUE, REPLACE, Job, Limits, NewJob
 from upq.notify import NOTIFY
-from upq.params import names_in, queue_of, suggest
+from upq.params import fill_key, names_in, queue_of, suggest
 from upq.plugins import Desk, Loader, UpqJob, blame
 from upq.queue import Lane
-from upq.record import digest
+from upq.record import canonical, digest
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,9 @@ class JobType:
     jobcfg: Mapping[str, str] = field(default_factory=dict)
     #: Who may submit it; None leaves it to [access].
     submitters: Principals | None = None
+
+    #: Whether its section sets limits to each of its jobs: `limits` says which.
+    limited: bool = False
 
     @property
     def queue(self) -> str:
@@ -82,6 +85,42 @@ class JobType:
             return dict(data)
         declared = {name: data[name] for name in self.cfg.params.names if name in data}
         return {**data, **self.cfg.params.check(declared, self.cfg.secret)}
+
+    def limits(
+        self,
+        params: Mapping[str, Any],
+        run_at: int | None = None,
+        expires_s: float | None = None,
+    ) -> Limits:
+        """What a job is held to, submitted now with params as `accept` has left them.
+
+        expires_s: from `@expires:`, 0 for never. Raises BadParams.
+        """
+        cfg, now = self.cfg, when.now()
+        unique = ""
+        if cfg.unique is not None:
+            names = params if cfg.unique.names is None else cfg.unique.names
+            unique = canonical({name: params[name] for name in names if name in params})
+        expires_at = None
+        if expires_s:
+            expires_at = now + round(expires_s * 1e6)
+            if run_at is not None and run_at >= expires_at:
+                raise BadParams("@expires: that is before the job may start (@in, @at)")
+        elif cfg.expires_s and expires_s is None:
+            expires_at = max(now, run_at or now) + round(cfg.expires_s * 1e6)
+        return Limits(
+            unique,
+            until_start=cfg.unique is not None and cfg.unique.until_start,
+            unique_us=round(cfg.unique.for_s * 1e6) if cfg.unique is not None else 0,
+            serial=self.turn_of(params),
+            expires_at=expires_at,
+            max_queue=cfg.max_queue,
+            when_busy=cfg.when_busy,
+        )
+
+    def turn_of(self, params: Mapping[str, Any]) -> str:
+        """The text of `serial` with these params, "" when there is none. Raises BadParams."""
+        return fill_key(self.cfg.serial, params) if self.cfg.serial else ""
 
     def make(self, jobdata: dict[str, Any], desk: Desk | None = None, **facts: Any) -> UpqJob:
         """An object to check, or to check and run in this thread. Raises Disabled, Broken."""
@@ -172,6 +211,22 @@ class JobTypes:
         kind = self.by_name.get(name)
         return kind.cfg.priority if kind else 0
 
+    def limit(self, new: list[NewJob]) -> None:
+        """Hold jobs that an end calls for to the limits of their types.
+
+        They are not refused, whatever waits already: the end would lose what follows it. One that
+        lacks what `serial` asks for fails when it runs.
+        """
+        for one in new:
+            kind = self.by_name.get(one.type)
+            if kind is not None and kind.limited:
+                try:
+                    limits = kind.limits(one.params)
+                except BadParams:
+                    continue
+                busy = REPLACE if limits.when_busy == REPLACE else QUEUE
+                one.limits = limits._replace(max_queue=0, when_busy=busy)
+
     def broken(self) -> list[JobType]:
         """Types that should run and cannot."""
         return [one for one in self.by_name.values() if isinstance(one.fault, Broken)]
@@ -186,7 +241,10 @@ class JobTypes:
                 cfg = replace(cfg, retries=100, retry_delay_s=15.0, retry_max_s=3600.0)
         cls, fault = self._class_or_fault(cfg)
         submitters = None if cfg.submit is None else Principals(cfg.submit)
-        return JobType(name, cfg, cls, fault, MappingProxyType(jobcfg), submitters)
+        limited = bool(
+            cfg.unique or cfg.serial or cfg.expires_s or cfg.max_queue or cfg.when_busy != QUEUE
+        )
+        return JobType(name, cfg, cls, fault, MappingProxyType(jobcfg), submitters, limited)
 
     def _class_or_fault(self, cfg: JobSettings) -> tuple[type[UpqJob] | None, RequestError | None]:
         if not cfg.enabled:

@@ -23,6 +23,7 @@ from upq.notify import parse_target
 from upq.params import (
     BOOLEANS,
     ParamSpec,
+    key_template,
     queue_name,
     queue_template,
     shown,
@@ -46,6 +47,17 @@ class Kind(Generic[T]):
     read: Callable[[str], T]
     empty: T
     unit: str = ""
+
+
+class Unique(NamedTuple):
+    """Which parameters make a job unique, and for how long."""
+
+    #: None for all of them.
+    names: tuple[str, ...] | None = None
+    #: Until it starts, and not until it has ended.
+    until_start: bool = False
+    #: At the least so long after the submit.
+    for_s: float = 0.0
 
 
 class Address(NamedTuple):
@@ -278,6 +290,24 @@ def _load(text: str) -> Load:
     return Load(float(text))
 
 
+def _unique(text: str) -> Unique:
+    """`params`, `fid,path`, each with `while queued`, `while unfinished` or `for 1h` after it."""
+    match = re.fullmatch(r"(.*?)(?:(?:^|\s+)(while|for)(?:\s+(.*))?)?", _one_line(text))
+    names, mode, rest = match.groups() if match else (text, None, None)
+    named = _list(names)
+    for name in named:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", name):
+            raise ValueError(f"{shown(name)} is no parameter")
+    if not named or ("params" in named and len(named) > 1):
+        raise ValueError("names parameters, or `params` for all: fid,path while queued")
+    chosen = None if named == ("params",) else tuple(sorted(set(named)))
+    if mode == "for":
+        return Unique(chosen, for_s=_above_zero(rest or ""))
+    if mode == "while" and rest not in ("queued", "unfinished"):
+        raise ValueError(f"while {rest or ''}: is neither while queued nor while unfinished")
+    return Unique(chosen, until_start=rest == "queued")
+
+
 TEXT = Kind("text", _one_line, "")
 YES_NO = Kind("yes or no", _yes_no, False)
 PATH = Kind("path", _one_line, "")
@@ -300,6 +330,8 @@ TARGETS: Kind[tuple[str, ...]] = Kind("targets", _targets, ())
 NAMES: Kind[tuple[str, ...]] = Kind("names", _list, ())
 NAME_SET: Kind[frozenset[str]] = Kind("names", lambda text: frozenset(_list(text)), frozenset())
 PARAMS: Kind[ParamSpec | None] = Kind("parameters", ParamSpec.parse, None)
+UNIQUE: Kind[Unique | None] = Kind("parameters", _unique, None)
+KEY = Kind("text with {parameters}", lambda text: key_template(_one_line(text)), "")
 COMMAND: Kind[tuple[str, ...] | None] = Kind("command line", split_command, None)
 EXIT_CODES: Kind[tuple[int, ...]] = Kind("whole numbers", _exit_codes, ())
 QUEUE = Kind("queue", queue_template, "")

@@ -277,6 +277,28 @@ def queue_of(template: str, params: Mapping[str, Any]) -> str:
         raise BadParams(f"{', '.join(names)}: {error}") from None
 
 
+def key_template(text: str) -> str:
+    """The text of a key with {placeholders}. Raises ValueError for a lone brace."""
+    if any(brace[0] in "{}" for brace in _BRACE.finditer(text)):
+        raise ValueError(f"{shown(text)} has a lone brace; write {{{{ or }}}} for a literal one")
+    return text
+
+
+def key_names(template: str) -> list[str]:
+    """The parameters that a key asks for."""
+    return list(dict.fromkeys(_names(template)))
+
+
+def fill_key(template: str, params: Mapping[str, Any]) -> str:
+    """The key of these parameters. Raises BadParams when it asks for one that is not given."""
+    for name in _names(template):
+        if params.get(name) is None:
+            raise BadParams(f"{name}: is missing, serial = {template} asks for it")
+    return _BRACE.sub(
+        lambda brace: _as_text(params[brace[1]]) if brace[1] else brace[0][0], template
+    )
+
+
 def argv(template: Iterable[str], params: Mapping[str, Any]) -> list[str]:
     """The arguments of a command: each word of the template stays one argument, whatever is in it.
 

@@ -19,7 +19,7 @@ from upq import when
 from upq.batch import LEASE_S, Act, Batch, Claim, Finish, Submit, Want
 from upq.db import Database
 from upq.draws import Draw, Plan, Spent
-from upq.errors import NotFound, RequestError, Unavailable, WrongState
+from upq.errors import KeyTaken, NotFound, RequestError, Unavailable, WrongState
 from upq.events import Bus
 from upq.job import (
     BLOCKED,
@@ -32,9 +32,11 @@ from upq.job import (
     STATES,
     Accepted,
     Job,
+    Limits,
     NewJob,
     Outcome,
 )
+from upq.limits import KEPT, SHOWN_CHARS, kept, kept_text, turn_reason
 from upq.record import (
     clean,
     crashes_of,
@@ -42,6 +44,7 @@ from upq.record import (
     encode,
     progress_text,
     read_claimed,
+    read_waiting,
 )
 from upq.sql import Tx
 from upq.writer import Replay, Writer
@@ -52,6 +55,8 @@ log = logging.getLogger(__name__)
 BEAT_S = 10
 #: Starts that may end with the death of the daemon before the job is failed as `crashed`.
 CRASH_LIMIT = 3
+#: Characters of a serial key's digest; with LINE before it, it is a name in `limit`.
+LINE_CHARS = 59
 #: Job ids reserved at a time; what is left of a block is lost only by a crash.
 ID_BLOCK = 1000
 
@@ -261,6 +266,11 @@ class Queue:
             self._next_id, self._end_id = first + k, block + size
             return first
 
+    def _skip_ids(self) -> None:
+        """Have the next id come from a new block."""
+        with self._ids_lock:
+            self._next_id = self._end_id
+
     # Submit
 
     def submit(self, batches: Sequence[Sequence[NewJob]]) -> list[list[Accepted] | RequestError]:
@@ -274,20 +284,49 @@ class Queue:
     def _change(self, jobs: Sequence[NewJob]) -> Submit:
         now = when.now()
         first = self.reserve_ids(len(jobs))
+        if self.shared and any(max(one.after, default=0) >= first for one in jobs):
+            # Another daemon's ids are ahead. A job has a larger one than all it waits for, or the
+            # jobs of a line could wait for each other.
+            self._skip_ids()
+            first = self.reserve_ids(len(jobs))
         made = [self._row(one, first + i, now) for i, one in enumerate(jobs)]
-        return Submit(made, [one.after for one in jobs], jobs[0].submitter if jobs else "")
+        limits = [one.limits for one in jobs] if any(one.limits for one in jobs) else None
+        return Submit(made, [one.after for one in jobs], jobs[0].submitter if jobs else "", limits)
 
     def _row(self, new: NewJob, id: int, now: int) -> list[Any]:
         queue = new.queue or new.type
         lane_id = self.lane(queue, new.type).id
         due = new.run_at if new.run_at is not None and new.run_at > now else None
         root = id if new.root is None else new.root
-        return [
+        row = [
             id, lane_id, new.type, queue, lane_id if due is None else None, -new.priority, root,
             QUEUED, "", encode(new.params), encode(new.options) if new.options else None,
             new.run_at, due, digest(new.type, new.key) if new.key else None, 0, new.parent, root,
             new.child_key, new.submitter, now,
         ]  # fmt: skip
+        if new.limits is not None:
+            self._limit(row, new, new.limits, now)
+        return row
+
+    def _limit(self, row: list[Any], new: NewJob, limits: Limits, now: int) -> None:
+        """Have a row say what limits its job has."""
+        left: dict[str, Any] = {}
+        unique = line = until = None
+        if limits.unique:
+            unique = left["unique"] = digest("unique", new.type, limits.unique)
+            if limits.until_start:
+                left["until_start"] = True
+            until = now + limits.unique_us if limits.unique_us else None
+        if limits.serial:
+            line = left["line"] = digest("serial", limits.serial)[:LINE_CHARS]
+            left["serial"] = limits.serial[:SHOWN_CHARS]
+            row[st.AT["ready"]] = row[st.AT["due_at"]] = None
+            row[st.AT["reason"]] = turn_reason(left)
+        if limits.expires_at is not None:
+            left["expires_at"] = limits.expires_at
+        if left:
+            row[st.AT["options"]] = encode({**new.options, KEPT: left})
+        row += [limits.expires_at, unique, until, line]
 
     # Claim and end
 
@@ -338,7 +377,7 @@ class Queue:
         """Cancel a waiting job, or ask a running one to end: then its claim's token, else 0."""
 
         def run(batch: Batch) -> int:
-            state, lane_id, attempt, _, token = one_row(batch, id)
+            state, lane_id, attempt, _, token, options = one_row(batch, id)
             if state == RUNNING:
                 batch.tx.run(st.ASK_CANCEL, id=id)
                 return int(token)
@@ -348,22 +387,31 @@ class Queue:
             batch.tx.run(st.CANCEL_WAITING, id=id, now=batch.now, message=text)
             batch.moved(id, lane_id, state, CANCELLED, message=text, attempt=attempt, who=who)
             batch.hold_dependents([(id, CANCELLED)])
+            if limits := kept_text(options):
+                batch.limiter.free([(id, limits)])
             return 0
 
         return int(self._act(run))
 
     def retry(self, id: int, who: str) -> None:
-        """Make a queued job of one that has ended badly."""
+        """Make a queued job of one that has ended badly. Raises KeyTaken, when it is not alone."""
 
         def run(batch: Batch) -> None:
-            state, lane_id, _, waits, _ = one_row(batch, id)
+            state, lane_id, _, waits, _, options = one_row(batch, id)
             if state not in FINAL or state == DONE:
                 raise WrongState(f"job {id} is {state}: only what has ended badly can be retried")
+            limits = kept_text(options)
+            if limits and (holder := batch.limiter.again(id, limits)) is not None:
+                raise KeyTaken(id, holder)
             new = BLOCKED if waits else QUEUED
             reason = "waits for earlier jobs" if waits else ""
             ready = None if waits else lane_id
+            if "line" in limits and not waits:
+                reason, ready = turn_reason(limits), None
             batch.tx.run(st.REOPEN, id=id, was=state, state=new, ready=ready, reason=reason)
             batch.moved(id, lane_id, state, new, reason="retry", who=who)
+            if "line" in limits:
+                batch.limiter.came(id, limits["line"])
             batch.tx.run_rows(st.AGAIN_BELOW, [(id,)])
             batch.hold_dependents([(id, new)])
 
@@ -409,10 +457,28 @@ class Queue:
             due = batch.tx.fetch(st.DUE, now=batch.now)
             if due:
                 batch.tx.run_rows(st.MAKE_READY, sorted((row[0],) for row in due))
-            batch.forget_due(batch.tx.fetch(st.NEXT_DUE)[0][0])
+            following = batch.tx.fetch(st.NEXT_DUE)[0]
+            batch.forget_due(min((at for at in following if at is not None), default=None))
             return {row[1] for row in due}
 
         return list(self._act(run))
+
+    def expire(self, then: Callable[[Job], Sequence[NewJob]]) -> set[int]:
+        """End what has not started in time, with what `then` says for it. Returns its lanes."""
+        rows = self._act(lambda batch: batch.tx.fetch(st.OVERDUE, now=batch.now))
+        overdue = [read_waiting(row) for row in rows]
+        follow = {one.id: self._change(jobs) for one in overdue if (jobs := list(then(one)))}
+
+        def run(batch: Batch) -> set[int]:
+            ended = batch.limiter.expire(one.id for one in overdue)
+            batch.insert([follow[id] for id, _ in ended if id in follow])
+            return {lane_id for _, lane_id in ended}
+
+        return set(self._act(run)) if overdue else set()
+
+    def mend_lines(self) -> None:
+        """Have lines of `serial` go on that have come to a stand: nothing upq does leaves one."""
+        self._act(lambda batch: batch.limiter.mend())
 
     def beat(self) -> None:
         """Say that this daemon is alive, and renew its claims."""
@@ -493,6 +559,7 @@ class Queue:
     def _requeue(self, batch: Batch, part: list[Job], *, crashed: bool) -> list[int]:
         """Back to the queue, or failed after too many crashes. Returns the ids of the failed."""
         values, failed = [], []
+        limited = []
         for one in part:
             crashes = crashes_of(one) if crashed else one.crashes
             over = crashed and crashes >= CRASH_LIMIT
@@ -503,8 +570,15 @@ class Queue:
             values.append((one.id, one.token, state, reason, ready, crashes, ended_at))
             cause = "crashed" if over else "interrupted" if crashed else "released"
             batch.moved(one.id, one.lane, RUNNING, state, reason=cause, attempt=one.attempt)
+            if limits := kept(one.options):
+                limited.append((one, state, limits))
         if values and batch.tx.run_rows(st.REQUEUE_JOBS, values) != len(values):
             raise Replay("a job of a dead owner has changed meanwhile")
+        for one, state, limits in limited:
+            if state == FAILED:
+                batch.limiter.free([(one.id, limits)])
+            elif not crashed and one.attempt == 1:
+                batch.limiter.given_back(one.id, limits)
         return failed
 
     def forget_nodes(self, owners: Iterable[str]) -> None:

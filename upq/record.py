@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from upq.job import RUNNING, Job
+from upq.job import QUEUED, RUNNING, Job
 
 #: Characters of a progress text that are kept.
 PROGRESS_CHARS = 1000
@@ -23,6 +23,12 @@ def read_claimed(row: Sequence[Any], token: int, started_at: int | None = None) 
     return Job(id, lane_id, type, queue, RUNNING, "", params, data, options, rank, run_at,
                attempt + 1, starts + 1, crashes, token, bool(cancel_asked), parent, root,
                submitter, None, "", None, created_at, started_at, None)  # fmt: skip
+
+
+def read_waiting(row: Sequence[Any]) -> Job:
+    """A job that has not started, from a row of CLAIMED."""
+    one = read_claimed(row, 0)
+    return one._replace(state=QUEUED, attempt=one.attempt - 1, starts=one.starts - 1)
 
 
 def crashes_of(one: Job) -> int:

@@ -15,7 +15,17 @@ from upq import notify, when
 from upq.command import CommandJob
 from upq.db import one_line
 from upq.errors import Abort, BadParams, RequestError, Retry, Unavailable, Uncertain
-from upq.job import CANCELLED, DONE, FAILED, QUEUED, RESULT_LIMIT_BYTES, Job, NewJob, Outcome
+from upq.job import (
+    CANCELLED,
+    DONE,
+    EXPIRED,
+    FAILED,
+    QUEUED,
+    RESULT_LIMIT_BYTES,
+    Job,
+    NewJob,
+    Outcome,
+)
 from upq.jobtypes import JobType, JobTypes
 from upq.plugins import MESSAGE_LIMIT, Desk, UpqJob, blame, follow_up
 from upq.queue import Queue
@@ -74,6 +84,7 @@ class Runner:
     ) -> tuple[UpqJob | None, Outcome]:
         try:
             data = kind.at_run(own_copy(job.data))
+            kind.turn_of(job.params)
         except BadParams as error:
             return None, Outcome(FAILED, str(error), reason="bad params")
         chain = job.options.get("chain", kind.cfg.subjobs)
@@ -188,17 +199,26 @@ class Runner:
             then.append(NewJob(chain[0], data, queue, options=options, submitter=job.submitter,
                                priority=self._types.priority(chain[0]), parent=job.id,
                                root=job.root))  # fmt: skip
+        self._types.limit(then)
         return then
 
     def crashed(self, job: Job) -> list[NewJob]:
         """What the end of a job that has killed its daemon too often calls for."""
+        text = "the daemon died each time while it ran"
+        return self._after_bad_end(job, Outcome(FAILED, text, reason="crashed"))
+
+    def expired(self, job: Job) -> list[NewJob]:
+        """What the end of a job that has not started in time calls for."""
+        return self._after_bad_end(job, Outcome(EXPIRED, "it has not started in time"))
+
+    def _after_bad_end(self, job: Job, outcome: Outcome) -> list[NewJob]:
         kind = self._types.by_name.get(job.type)
         if kind is None:
             return []
-        outcome = Outcome(FAILED, "the daemon died each time while it ran", reason="crashed")
-        return notify.follow(
-            job, outcome, kind.cfg.notify_fail, self._types.secret, ended_at=when.now()
-        )
+        targets = kind.cfg.notify_fail
+        then = notify.follow(job, outcome, targets, self._types.secret, ended_at=when.now())
+        self._types.limit(then)
+        return then
 
     def _end(self, job: Job, outcome: Outcome, then: list[NewJob], started_s: float) -> None:
         took_s = time.monotonic() - started_s

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.sql import ClauseElement
 
 from upq import schema
@@ -29,7 +30,13 @@ SUBMITTED: dict[str, type] = {
     "idem_key": str, "waits": int, "parent": int, "root": int, "child_key": str,
     "submitter": str, "created_at": int,
 }  # fmt: skip
-AT = {name: i for i, name in enumerate(SUBMITTED)}
+#: Length of their rows.
+PLAIN = len(SUBMITTED)
+#: What follows in the rows of jobs that have limits.
+LIMITED: dict[str, type] = {
+    "expires_at": int, "uniq_key": str, "uniq_until": int, "serial_key": str,
+}  # fmt: skip
+AT = {name: i for i, name in enumerate([*SUBMITTED, *LIMITED])}
 AS_NEW = {"attempt": 0, "starts": 0, "crashes": 0, "token": 0, "cancel_asked": 0}
 
 
@@ -41,11 +48,14 @@ def word(name: str) -> sa.BindParameter[str]:
     return sa.bindparam(name, None, type_=sa.String)
 
 
-def insert_jobs(dialect: str) -> ClauseElement:
-    r = rows(dialect, **SUBMITTED)
-    columns = [*SUBMITTED, *AS_NEW]
-    fixed = [sa.literal(value) for value in AS_NEW.values()]
-    return sa.insert(job).from_select(columns, sa.select(*r.c, *fixed), include_defaults=False)
+def insert_jobs(**given: type) -> Callable[[str], ClauseElement]:
+    def build(dialect: str) -> ClauseElement:
+        r = rows(dialect, **given)
+        columns = [*given, *AS_NEW]
+        fixed = [sa.literal(value) for value in AS_NEW.values()]
+        return sa.insert(job).from_select(columns, sa.select(*r.c, *fixed), include_defaults=False)
+
+    return build
 
 
 def insert_into(table: sa.Table[Any], **columns: type) -> Sql:
@@ -197,8 +207,9 @@ def lower_waits(dialect: str) -> ClauseElement:
 def waits_of(dialect: str) -> ClauseElement:
     r = over_ids(dialect)
     return sa.select(
-        job.c.id, job.c.lane, job.c.run_at, job.c.attempt, job.c.waits, job.c.state
-    ).where(job.c.id == r.c.id)
+        job.c.id, job.c.lane, job.c.run_at, job.c.attempt, job.c.waits, job.c.state,
+        job.c.serial_key, job.c.options,
+    ).where(job.c.id == r.c.id)  # fmt: skip
 
 
 def free_jobs(dialect: str) -> ClauseElement:
@@ -265,7 +276,8 @@ def delete_by(column: sa.Column[Any]) -> Callable[[str], ClauseElement]:
     return build
 
 
-INSERT_JOBS = Sql(insert_jobs)
+INSERT_JOBS = Sql(insert_jobs(**SUBMITTED))
+INSERT_LIMITED = Sql(insert_jobs(**SUBMITTED, **LIMITED))
 INSERT_EVENTS = insert_into(
     event, n=int, job=int, lane=int, at=int, state=str, reason=str, message=str, attempt=int,
     node=str, who=str,
@@ -316,7 +328,7 @@ PROOF = Sql(
     )
 )
 ONE_JOB = Sql(
-    sa.select(job.c.state, job.c.lane, job.c.attempt, job.c.waits, job.c.token)
+    sa.select(job.c.state, job.c.lane, job.c.attempt, job.c.waits, job.c.token, job.c.options)
     .where(job.c.id == big("id"))
     .with_for_update()
 )
@@ -329,6 +341,7 @@ CANCEL_WAITING = Sql(
         reason="",
         ready=sa.null(),
         due_at=sa.null(),
+        expires_at=sa.null(),
         ended_at=big("now"),
         message=word("message"),
     )
@@ -394,8 +407,16 @@ DUE = Sql(
     .limit(CHUNK)
     .with_for_update(skip_locked=True)
 )
-#: The condition is that of the index, which SQLite and PostgreSQL else do not use.
-NEXT_DUE = Sql(sa.select(sa.func.min(job.c.due_at)).where(job.c.due_at.is_not(None)))
+#: When the next job is due, and when the next expires. The conditions are those of the indexes,
+#: which SQLite and PostgreSQL else do not use.
+NEXT_DUE = Sql(
+    sa.select(
+        *(
+            sa.select(sa.func.min(column)).where(column.is_not(None)).scalar_subquery()
+            for column in (job.c.due_at, job.c.expires_at)
+        )
+    )
+)
 
 ADD_NODE = Sql(
     sa.insert(node).values(
@@ -429,6 +450,178 @@ GIVE_BACK_IDS = Sql(
     sa.update(counter)
     .values(n=big("first"))
     .where(counter.c.name == "job", counter.c.n == big("last"))
+)
+
+
+# Limits
+
+
+def by_uniq_key(dialect: str) -> ClauseElement:
+    r = rows(dialect, k=str)
+    found = sa.select(job.c.uniq_key, job.c.id, job.c.state, job.c.uniq_until, job.c.serial_key)
+    return found.where(job.c.uniq_key == r.c.k)
+
+
+def set_over_ids(where: sa.ColumnElement[bool], **values: Any) -> Callable[[str], ClauseElement]:
+    def build(dialect: str) -> ClauseElement:
+        r = over_ids(dialect)
+        return sa.update(job).values(values).where(job.c.id == r.c.id, where)
+
+    return build
+
+
+def start_limited(dialect: str) -> ClauseElement:
+    """What has started does not expire, and may be unique no more."""
+    r = rows(dialect, id=int, frees=int)
+    kept = sa.case((r.c.frees == 0, job.c.uniq_key))
+    values = {job.c.expires_at: sa.null(), job.c.uniq_key: kept}
+    return sa.update(job).values(values).where(job.c.id == r.c.id)
+
+
+def expire_again(dialect: str) -> ClauseElement:
+    r = rows(dialect, id=int, expires_at=int)
+    return sa.update(job).values(expires_at=r.c.expires_at).where(job.c.id == r.c.id)
+
+
+def take_keys(dialect: str) -> ClauseElement:
+    r = rows(dialect, id=int, uniq_key=str, serial_key=str)
+    values = {job.c.uniq_key: r.c.uniq_key, job.c.serial_key: r.c.serial_key}
+    return sa.update(job).values(values).where(job.c.id == r.c.id)
+
+
+def waiting(dialect: str) -> ClauseElement:
+    r = over_ids(dialect)
+    return (
+        sa.select(job.c.id, job.c.lane, job.c.state, job.c.attempt, job.c.options, job.c.expires_at)
+        .where(job.c.id == r.c.id)
+        .with_for_update(of=job)
+    )
+
+
+def lock_limits(dialect: str) -> ClauseElement:
+    """Make rows of `limit` that are missing, and lock all of them until the commit."""
+    chosen = sa.select(rows(dialect, name=str).c.name, sa.literal(0)).where(sa.true())
+    if dialect == "mysql":
+        chosen_in = mysql.insert(limit).from_select(["name", "at"], chosen, include_defaults=False)
+        return chosen_in.on_duplicate_key_update(at=limit.c.at)
+    kind: Any = sqlite if dialect == "sqlite" else postgresql
+    new: Any = kind.insert(limit).from_select(["name", "at"], chosen, include_defaults=False)
+    made: ClauseElement = new.on_conflict_do_update(
+        index_elements=["name"], set_={"at": limit.c.at}
+    )
+    return made
+
+
+#: Before the key of a line in the names of `limit`; `at` is the job whose turn it is.
+LINE = "line:"
+
+
+def lines(dialect: str) -> ClauseElement:
+    """Of each key the job whose turn it is, and the first of its unfinished jobs."""
+    r = rows(dialect, k=str, name=str)
+    holder = sa.select(job.c.id).where(
+        limit.c.name == r.c.name, job.c.id == limit.c.at, job.c.serial_key == r.c.k
+    )
+    first = sa.select(sa.func.min(job.c.id)).where(job.c.serial_key == r.c.k)
+    return sa.select(
+        r.c.k, holder.correlate(r).scalar_subquery(), first.correlate(r).scalar_subquery()
+    )
+
+
+def heads(dialect: str) -> ClauseElement:
+    r = over_ids(dialect)
+    return sa.select(
+        job.c.id, job.c.serial_key, job.c.lane, job.c.state, job.c.run_at, job.c.attempt
+    ).where(job.c.id == r.c.id)
+
+
+def give_turns(dialect: str) -> ClauseElement:
+    r = rows(dialect, id=int, ready=int, due_at=int)
+    values = {job.c.ready: r.c.ready, job.c.due_at: r.c.due_at, job.c.reason: ""}
+    return sa.update(job).values(values).where(job.c.id == r.c.id, job.c.state == QUEUED)
+
+
+def set_limits(dialect: str) -> ClauseElement:
+    r = rows(dialect, name=str, n=int)
+    return sa.update(limit).values({limit.c.at: r.c.n}).where(limit.c.name == r.c.name)
+
+
+def drop_limits(dialect: str) -> ClauseElement:
+    r = rows(dialect, name=str)
+    if dialect == "sqlite":
+        return sa.delete(limit).where(limit.c.name.in_(sa.select(r.c.name)))
+    return sa.delete(limit).where(limit.c.name == r.c.name)
+
+
+BY_UNIQ_KEY = Sql(by_uniq_key)
+#: The key was kept for a time after the end, and that is over.
+FREE_OLD_KEYS = Sql(set_over_ids(job.c.ended_at.is_not(None), uniq_key=sa.null()))
+#: A job has ended: its turn is over, and it is unique no more unless that was for a time.
+FREE_KEYS = Sql(
+    set_over_ids(
+        sa.true(),
+        serial_key=sa.null(),
+        uniq_key=sa.case((job.c.uniq_until > big("now"), job.c.uniq_key)),
+    )
+)
+START_LIMITED = Sql(start_limited)
+EXPIRE_AGAIN = Sql(expire_again)
+NEVER_EXPIRE = Sql(set_over_ids(sa.true(), expires_at=sa.null()))
+TAKE_KEYS = Sql(take_keys)
+WAITING = Sql(waiting)
+END_WAITING = Sql(
+    set_over_ids(
+        job.c.state.in_([QUEUED, BLOCKED]),
+        state=word("ended"),
+        reason=word("why"),
+        message=word("said"),
+        ready=sa.null(),
+        due_at=sa.null(),
+        expires_at=sa.null(),
+        ended_at=big("now"),
+    )
+)
+LOCK_LIMITS = Sql(lock_limits)
+LINES = Sql(lines)
+HEADS = Sql(heads)
+GIVE_TURNS = Sql(give_turns)
+SET_LIMITS = Sql(set_limits)
+DROP_LIMITS = Sql(drop_limits)
+OVERDUE = Sql(
+    sa.select(*CLAIMED)
+    .where(job.c.expires_at <= big("now"))
+    .order_by(job.c.expires_at)
+    .limit(CHUNK)
+)
+#: Counts of a type, lane by lane.
+TALLY_OF = Sql(
+    sa.select(tally.c.lane, tally.c.state, tally.c.n).where(
+        tally.c.lane == lane.c.id, lane.c.type == word("type")
+    )
+)
+ABOVE = Sql(sa.select(job.c.parent, job.c.state, job.c.serial_key).where(job.c.id == big("id")))
+WAITING_IN_LINE = Sql(
+    sa.select(job.c.id).where(job.c.serial_key == word("key"), job.c.state.in_([QUEUED, BLOCKED]))
+)
+#: What waits of a type, without a look at what has ended.
+WAITING_OF = Sql(
+    sa.union(
+        sa.select(job.c.id).where(job.c.ready == lane.c.id, lane.c.type == word("type")),
+        sa.select(job.c.id).where(job.c.state == BLOCKED, job.c.type == word("type")),
+        sa.select(job.c.id).where(job.c.due_at.is_not(None), job.c.type == word("type")),
+    )
+)
+#: Keys whose line nobody moves: nobody has the turn, and the first could take it. There are none,
+#: unless somebody has meddled with the tables.
+STUCK_LINES = Sql(
+    sa.select(limit.c.name)
+    .where(limit.c.name.like(LINE + "%"))
+    .where(
+        ~sa.exists().where(
+            job.c.id == limit.c.at, sa.literal(LINE).concat(job.c.serial_key) == limit.c.name
+        )
+    )
+    .limit(CHUNK)
 )
 
 

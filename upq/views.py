@@ -15,8 +15,9 @@ from upq import schema, when
 from upq.db import Database
 from upq.errors import NotFound
 from upq.job import BLOCKED, FINAL, QUEUED
+from upq.limits import kept_text
 from upq.notify import mask, scrub, secret_texts
-from upq.statements import AGAIN
+from upq.statements import AGAIN, LINE
 
 job, event, output, tally, edge, node = (
     schema.job, schema.event, schema.output, schema.tally, schema.edge, schema.node,
@@ -26,11 +27,12 @@ job, event, output, tally, edge, node = (
 LIST_LIMIT, AHEAD_LIMIT = 1000, 1000
 #: Characters of a message and of a result that a list shows; `show` has all.
 LIST_CHARS = 2000
-TIMES = ("run_at", "created_at", "started_at", "ended_at")
+TIMES = ("run_at", "expires_at", "created_at", "started_at", "ended_at")
 SHOWN = (job.c.id, job.c.type, job.c.queue, job.c.lane, job.c.state, job.c.reason, job.c.params,
          job.c.data, job.c.result, job.c.message, job.c.progress, job.c.rank, job.c.attempt,
          job.c.starts, job.c.crashes, job.c.parent, job.c.root, job.c.submitter, job.c.run_at,
-         job.c.created_at, job.c.started_at, job.c.ended_at, job.c.cancel_asked)  # fmt: skip
+         job.c.expires_at, job.c.created_at, job.c.started_at, job.c.ended_at,
+         job.c.cancel_asked)  # fmt: skip
 
 #: The same for lists, where a longer result is left out and a message cut.
 LISTED = (
@@ -46,6 +48,14 @@ class End(NamedTuple):
     state: str
     result: Any
     message: str
+
+
+class Turn(NamedTuple):
+    """What a job waits for that takes turns with others."""
+
+    #: The job whose turn it is; while that is nobody's, the first of the line.
+    holder: int
+    key: str
 
 
 class Views:
@@ -253,6 +263,18 @@ class Views:
         """The jobs that have to be done before this one, with their states."""
         query = sa.select(job.c.id, job.c.state).where(edge.c.job == id, job.c.id == edge.c.needs)
         return [(row[0], row[1]) for row in self._rows(query.order_by(job.c.id))]
+
+    def turn(self, id: int) -> Turn | None:
+        """Behind whom a job waits for its turn; None when it does not."""
+        found = self._rows(sa.select(job.c.serial_key, job.c.options).where(job.c.id == id))
+        if not found or found[0].serial_key is None:
+            return None
+        line, options = found[0]
+        of_line = sa.select(job.c.id).where(job.c.serial_key == line)
+        name = schema.limit.c.name == LINE + line
+        first = self._rows(of_line.where(job.c.id == schema.limit.c.at, name))
+        holder = (first or self._rows(of_line.order_by(job.c.id).limit(1)) or [(id,)])[0][0]
+        return None if holder == id else Turn(holder, kept_text(options)["serial"])
 
     def nodes(self) -> list[dict[str, Any]]:
         return [

@@ -267,7 +267,7 @@ class Writer:
                 applied = self._once(changes, alone)
                 break
             except self._errors as error:
-                if attempt == DEADLOCKS or not self._is_passing(error):
+                if attempt == DEADLOCKS or not self._is_passing(error, alone):
                     self._judge(error, alone)
                 self._rollback()
             except (Replay, RequestError):
@@ -346,9 +346,13 @@ class Writer:
         # The claimer goes on asking until the database is back.
         self.on_post()
 
-    def _is_passing(self, error: BaseException) -> bool:
-        """A deadlock or a lock timeout: the same transaction may go through next time."""
-        return code_of(error) in ("40001", "40P01", "55P03", 1205, 1213, 1020)
+    def _is_passing(self, error: BaseException, alone: bool) -> bool:
+        """A deadlock or a lock timeout: the same transaction may go through next time.
+
+        So may one that has met a key which another daemon was just storing: it finds it now.
+        """
+        passing = ("40001", "40P01", "55P03", 1205, 1213, 1020)
+        return code_of(error) in passing or (alone and code_of(error) in ("23505", 1062))
 
     def _is_gone(self, error: Any) -> bool:
         if self._raw is None:

@@ -1,0 +1,303 @@
+"""What a batch does for jobs that are unique, take turns, expire, or whose type is limited.
+
+Jobs of one `serial` key stand in a line, in the order of their ids. One at most has the turn: it is
+running, or queued with `ready` or `due_at`, and its id is in the line's row of `limit`. The others
+are queued without either, or blocked. The first of the line gets the turn when nobody has it; while
+the first is blocked, the line waits with it. Daemons on one database lock the line's row before
+they look, after they have changed a job: the later one sees what the earlier one has done.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+from upq import statements as st
+from upq.errors import Busy, WrongState
+from upq.events import Event
+from upq.job import BLOCKED, CANCELLED, EXPIRED, FINAL, QUEUED, REJECT, REPLACE, RUNNING, Limits
+from upq.sql import Tx
+
+#: The name under which a job's `options` keep what is left of its limits.
+KEPT = "limits"
+#: Characters of a serial key that are kept to be shown.
+SHOWN_CHARS = 200
+
+
+class Changes(Protocol):
+    """The batch, as far as limits need it."""
+
+    tx: Tx
+    now: int
+    events: list[Event]
+    tally: Counter[tuple[int, str]]
+
+    def note_due(self, at: int | None) -> None: ...
+    def hold_dependents(self, changed: list[tuple[int, str]]) -> None: ...
+    def moved(
+        self, id: int, lane_id: int, was: str | None, state: str, *, reason: str = "",
+        message: str = "", attempt: int = 0, who: str = "",
+    ) -> None: ...  # fmt: skip
+
+
+def kept(options: dict[str, Any]) -> dict[str, Any]:
+    """What the options of a job say of its limits; empty for most jobs."""
+    return options.get(KEPT) or {}
+
+
+def kept_text(options: str | None) -> dict[str, Any]:
+    return kept(json.loads(options)) if options and f'"{KEPT}"' in options else {}
+
+
+def turn_reason(limits: dict[str, Any]) -> str:
+    return f"waits for its turn: {limits['serial']}"[:255]
+
+
+class Limiter:
+    """The limits of one batch."""
+
+    def __init__(self, batch: Changes) -> None:
+        self._batch = batch
+        self._tx = batch.tx
+        # Keys of lines that have got or lost a job.
+        self._lines: set[str] = set()
+        # Where the events of jobs are that have come to a line here.
+        self._came: dict[int, int] = {}
+        # Those of jobs that were accepted here and are not inserted yet.
+        self._new_keys: set[str] = set()
+        # What each type had in each lane and state before this batch.
+        self._counts: dict[str, dict[tuple[int, str], int]] = {}
+
+    # Submits
+
+    def holders(self, keys: Iterable[str]) -> dict[str, tuple[int, str]]:
+        """The jobs that have these unique keys; what is kept no longer is taken from its job.
+
+        Each with the serial key whose turn it waits for, or "".
+        """
+        found: dict[str, tuple[int, str]] = {}
+        old: list[tuple[int]] = []
+        rows = self._tx.fetch_rows(st.BY_UNIQ_KEY, sorted({(key,) for key in keys}))
+        for key, id, state, until, serial_key in rows:
+            if state in FINAL and (until is None or until <= self._batch.now):
+                old.append((id,))
+            else:
+                found[key] = (id, (serial_key or "") if state in (QUEUED, BLOCKED) else "")
+        if old:
+            self._tx.run_rows(st.FREE_OLD_KEYS, sorted(old))
+        return found
+
+    def check_child(self, row: list[Any], found: tuple[int, str] | None) -> None:
+        """Refuse a child that would wait for one that waits for it: the parent and those above."""
+        above = row[st.AT["parent"]]
+        key = row[st.AT["serial_key"]]
+        while above is not None:
+            ((parent, state, turn),) = self._tx.fetch(st.ABOVE, id=above) or [(None, "", None)]
+            if state not in FINAL:
+                if found is not None and (found[0] == above or (turn and found[1] == turn)):
+                    raise WrongState(
+                        f"job {found[0]} is what this child repeats (unique), and it would wait"
+                        f" for job {above}, which waits for it"
+                    )
+                if found is None and turn and key == turn:
+                    raise WrongState(
+                        f"job {above} above this child has the turn that the child needs (serial)"
+                    )
+            above = parent
+
+    def admit(self, row: list[Any], limits: Limits, before: Counter[str]) -> None:
+        """Hold a new job to max_queue and when_busy. Raises Busy.
+
+        before: how many jobs of a type, or of a serial key, the same submit has before it.
+        """
+        type, key = row[st.AT["type"]], row[st.AT["serial_key"]]
+        if limits.max_queue:
+            waiting = self.count(type, QUEUED, BLOCKED) + before[type]
+            room = len(self.waiting(type, key)) if limits.when_busy == REPLACE and waiting else 0
+            if waiting - room >= limits.max_queue:
+                raise Busy(f"{waiting} jobs of {type} wait already, max_queue = {limits.max_queue}")
+        if limits.when_busy == REJECT:
+            if key is None:
+                if self.count(type, QUEUED, BLOCKED, RUNNING) + before[type]:
+                    raise Busy(f"a job of {type} is not finished, when_busy = reject")
+            elif before[key] or key in self._new_keys or self._is_in_use(key):
+                text = limits.serial[:SHOWN_CHARS]
+                raise Busy(f"a job of {text} is not finished, when_busy = reject")
+
+    def inserted(self) -> None:
+        """All that was accepted is in the table."""
+        self._new_keys.clear()
+
+    def replace(self, new: Sequence[list[Any]], limits: Sequence[Limits | None], who: str) -> None:
+        """Cancel what waits where the new jobs, which are inserted, take its place."""
+        for at, (row, one) in enumerate(zip(new, limits, strict=True)):
+            if one is not None and one.when_busy == REPLACE:
+                kept_ids = {later[0] for later in new[at:]}
+                old = self.waiting(row[st.AT["type"]], row[st.AT["serial_key"]]) - kept_ids
+                self.end_waiting(old, CANCELLED, reason=f"replaced by {row[0]}", who=who)
+
+    def count(self, type: str, *states: str) -> int:
+        """How many jobs a type has in these states, those of this batch among them.
+
+        Other daemons that ask, too, wait until this transaction is over.
+        """
+        known = self._counts.get(type)
+        if known is None:
+            self._lock([f"type:{type}"[:64]])
+            rows = self._tx.fetch(st.TALLY_OF, type=type)
+            known = self._counts[type] = {(lane, state): n for lane, state, n in rows}
+        changed = self._batch.tally
+        return sum(n + changed[place] for place, n in known.items() if place[1] in states)
+
+    def waiting(self, type: str, key: str | None) -> set[int]:
+        """What has not started, of a serial key or else of a type."""
+        if key is not None:
+            self._lock([st.LINE + key])
+            return {row[0] for row in self._tx.fetch(st.WAITING_IN_LINE, key=key)}
+        if not self.count(type, QUEUED, BLOCKED):
+            return set()
+        return {row[0] for row in self._tx.fetch(st.WAITING_OF, type=type)}
+
+    def _is_in_use(self, key: str) -> bool:
+        self._lock([st.LINE + key])
+        return bool(self._tx.fetch_rows(st.LINES, [(key, st.LINE + key)])[0][2])
+
+    def _lock(self, names: Iterable[str]) -> None:
+        """Only one daemon at a time goes on from here, until its commit."""
+        if self._tx.dialect.name != "sqlite":  # which has one writer
+            self._tx.run_rows(st.LOCK_LIMITS, sorted((name,) for name in names))
+
+    # Starts and ends
+
+    def begin(self, picked: list[Any]) -> list[Any]:
+        """Of the rows of CLAIMED those that may start; what is overdue is left for `expire`."""
+        may_start, started = [], []
+        for row in picked:
+            limits = kept_text(row[6])
+            expires_at = limits.get("expires_at")
+            # One that has run before does not expire.
+            if expires_at is not None and expires_at <= self._batch.now and not row[9]:
+                self._batch.note_due(expires_at)
+                continue
+            may_start.append(row)
+            if expires_at is not None or limits.get("until_start"):
+                started.append((row[0], int("until_start" in limits)))
+        if started:
+            self._tx.run_rows(st.START_LIMITED, sorted(started))
+        return may_start
+
+    def given_back(self, id: int, limits: dict[str, Any]) -> None:
+        """A claim has come to nothing: the job expires as if it had not been."""
+        if "expires_at" in limits:
+            self._tx.run_rows(st.EXPIRE_AGAIN, [(id, limits["expires_at"])])
+            self._batch.note_due(limits["expires_at"])
+
+    def free(self, ended: Iterable[tuple[int, dict[str, Any]]]) -> None:
+        """Jobs have ended: their keys are free, their turns are over."""
+        ids = []
+        for id, limits in ended:
+            ids.append((id,))
+            if "line" in limits:
+                self._lines.add(limits["line"])
+        self._tx.run_rows(st.FREE_KEYS, sorted(ids), now=self._batch.now)
+
+    def end_waiting(
+        self, ids: Iterable[int], state: str, *, reason: str = "", message: str = "",
+        who: str = "", overdue: bool = False,
+    ) -> list[tuple[int, int]]:  # fmt: skip
+        """End those of the jobs that have not started; returns (id, lane) of each.
+
+        overdue: only those whose time is over.
+        """
+        batch, ended, freed, gone = self._batch, [], [], []
+        for id, lane_id, was, attempt, options, expires_at in self._tx.fetch_rows(
+            st.WAITING, sorted((id,) for id in ids)
+        ):
+            if was not in (QUEUED, BLOCKED):
+                gone.append((id,))
+            elif not overdue or (expires_at is not None and expires_at <= batch.now):
+                ended.append((id, lane_id))
+                if limits := kept_text(options):
+                    freed.append((id, limits))
+                batch.moved(id, lane_id, was, state, reason=reason, message=message,
+                            attempt=attempt, who=who)  # fmt: skip
+        if ended:
+            self._tx.run_rows(
+                st.END_WAITING, sorted((id,) for id, _ in ended), ended=state, why=reason,
+                said=message or reason, now=batch.now,
+            )  # fmt: skip
+            batch.hold_dependents([(id, state) for id, _ in ended])
+        if freed:
+            self.free(freed)
+        if gone and overdue:
+            self._tx.run_rows(st.NEVER_EXPIRE, sorted(gone))
+        return ended
+
+    def expire(self, ids: Iterable[int]) -> list[tuple[int, int]]:
+        """End what has not started in time; returns (id, lane) of each."""
+        return self.end_waiting(ids, EXPIRED, message="it has not started in time", overdue=True)
+
+    def again(self, id: int, limits: dict[str, Any]) -> int | None:
+        """Give an ended job its keys again; or the job that has its unique key meanwhile."""
+        unique, line = limits.get("unique"), limits.get("line")
+        if unique is not None:
+            holder = self.holders([unique]).get(unique)
+            if holder is not None and holder[0] != id:
+                return holder[0]
+        self._tx.run_rows(st.TAKE_KEYS, [(id, unique, line)])
+        return None
+
+    # Lines
+
+    def came(self, id: int, line: str) -> None:
+        """The latest event says that a job has come to a line, queued or blocked."""
+        self._came[id] = len(self._batch.events) - 1
+        self._lines.add(line)
+        self._new_keys.add(line)
+
+    def settle(self) -> None:
+        """Give the turn to the first of each changed line that nobody has the turn of."""
+        if not self._lines:
+            return
+        keys, self._lines = sorted(self._lines), set()
+        names = [(st.LINE + key,) for key in keys]
+        self._tx.run_rows(st.LOCK_LIMITS, names)
+        over, first = [], []
+        found = self._tx.fetch_rows(st.LINES, [(key, st.LINE + key) for key in keys])
+        for key, holder, head in sorted(found):
+            if head is None:
+                over.append((st.LINE + key,))
+            elif holder is None:
+                first.append((head,))
+        if over:
+            self._tx.run_rows(st.DROP_LIMITS, over)
+        if first:
+            self._give_turns(first)
+
+    def _give_turns(self, first: list[tuple[int]]) -> None:
+        batch, turns, names = self._batch, [], []
+        for id, key, lane_id, state, run_at, attempt in self._tx.fetch_rows(
+            st.HEADS, sorted(first)
+        ):
+            waits = state == BLOCKED  # and the line with it
+            names.append((st.LINE + key, 0 if waits else id))
+            if waits:
+                continue
+            later = run_at is not None and run_at > batch.now
+            turns.append((id, None if later else lane_id, run_at if later else None))
+            batch.note_due(run_at if later else None)
+            at = self._came.get(id)
+            if at is None:
+                batch.moved(id, lane_id, QUEUED, QUEUED, reason="its turn", attempt=attempt)
+            elif batch.events[at].reason != "retry":
+                batch.events[at] = batch.events[at]._replace(reason="")
+        self._tx.run_rows(st.SET_LIMITS, sorted(names))
+        if turns:
+            self._tx.run_rows(st.GIVE_TURNS, sorted(turns))
+
+    def mend(self) -> None:
+        """Move lines that have come to a stand."""
+        stuck = self._tx.fetch(st.STUCK_LINES)
+        self._lines |= {row[0].removeprefix(st.LINE) for row in stuck}
