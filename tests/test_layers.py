@@ -12,16 +12,18 @@ ROOT = Path(__file__).parent.parent
 
 #: A file of upq/ imports only from floors below its own.
 FLOORS = (
-    "errors job when events clock log systemd",
+    "errors job when events clock log systemd interrupt",
     "access params wire",
     "protocol plugins notify schema client",
-    "command migrations",
+    "command migrations keeper",
     "db cli",
     "sql",
     "writer statements",
     "batch record kinds ini",
-    "config queue views",
-    "jobtypes",
+    "config queue views attempt",
+    "jobtypes child",
+    "executor",
+    "process",
     "runner",
     "pool",
     "claimer",

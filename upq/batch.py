@@ -146,7 +146,7 @@ class Batch:
         self.first_starts = 0
         self.ended: list[int] = []
         #: Ends refused because another claim owns the job; for the others see `Queue`.
-        self.fenced = self.given_back = self.retried = self.truncated = 0
+        self.fenced = self.given_back = self.retried = self.truncated = self.crashed = 0
         #: Places booked for jobs that this batch has queued, and what was claimed for them.
         self.booked: list[tuple[int, int]] = []
         self.claimed: list[tuple[Any, int, int]] = []
@@ -397,6 +397,10 @@ class Batch:
             self.tx.run_rows(st.AGAIN_BELOW, sorted(again))
         self.retried = len(again)
         self.given_back = sum(not one.outcome.counts for one in finishes)
+        for one in finishes:
+            if one.outcome.crashed:
+                self.tx.run(st.COUNT_CRASH, id=one.job.id)
+                self.crashed += one.outcome.state == FAILED
         self._release_dependents([id for id, state in states if state == DONE])
         self.hold_dependents([(id, s) for id, s in states if s in FINAL and s != DONE])
 

@@ -41,8 +41,8 @@ class Pool:
         self._claimed: deque[tuple[Job, float]] = deque()
         self._running = 0
         self._resuming = 0
-        # Threads whose jobs wait for others; they hold no place.
-        self._parked = 0
+        # Claims whose jobs wait for others; they hold no place.
+        self._parked: set[int] = set()
         self._booked = 0
         self._threads = 0
         self._idle = 0
@@ -126,6 +126,18 @@ class Pool:
         if plugin is not None:
             plugin.cancel()
 
+    def abandon(self, token: int) -> Job | None:
+        """Forget a running job whose thread does not come back: another may take its place."""
+        with self._changed:
+            job = self._jobs.get(token)
+            if job is None:
+                return None
+            self._forget(token)
+            self._threads -= 1
+            self._next()
+        self._wake_claimer()
+        return job
+
     def sizes(self) -> dict[str, int]:
         with self._changed:
             return {"running": self._running, "threads": self._threads, "places": self.concurrent}
@@ -144,30 +156,36 @@ class Pool:
 
     # For waiting parents
 
-    def park(self) -> None:
-        """Give back the calling job's place."""
+    def park(self, token: int) -> None:
+        """Give back the place of the job with this claim."""
         with self._changed:
+            if token not in self._jobs:
+                return
             self._running -= 1
-            self._parked += 1
+            self._parked.add(token)
             self._next()
         self._wake_claimer()
 
-    def unpark(self) -> None:
-        """Take a place again, before jobs that are claimed later."""
+    def unpark(self, token: int, at_once: bool = False) -> None:
+        """Take a place again, before jobs that are claimed later.
+
+        at_once: one too many, for a job that is to end.
+        """
         with self._changed:
             self._resuming += 1
-            while self._running >= self.concurrent and not self._closed:
+            while self._running >= self.concurrent and not self._closed and not at_once:
                 self._changed.wait()
             self._resuming -= 1
-            self._parked -= 1
-            self._running += 1
+            if token in self._parked:  # it was not given up meanwhile
+                self._parked.discard(token)
+                self._running += 1
             # Threads that held back while somebody resumed may go on, if there is a place left.
             self._changed.notify_all()
 
     # The threads
 
     def _start_thread(self) -> None:
-        if self._threads - self._parked >= self.concurrent:
+        if self._threads - len(self._parked) >= self.concurrent:
             # There are enough: some are between two jobs.
             return
         self._made += 1
@@ -198,13 +216,21 @@ class Pool:
                 log.exception("(%s:%d) the runner failed", job.type, job.id)
             took_s = time.monotonic() - started
             with self._changed:
+                if job.token not in self._jobs:
+                    return  # abandoned: another has taken this thread's place
                 self._usual_s += (took_s - self._usual_s) / (8 if took_s < self._usual_s else 1)
-                self._running -= 1
-                self._jobs.pop(job.token, None)
-                self._active.pop(job.token, None)
-                self._asked_to_end.discard(job.token)
+                self._forget(job.token)
                 if self._resuming:
                     self._changed.notify_all()
+
+    def _forget(self, token: int) -> None:
+        if token in self._parked:
+            self._parked.discard(token)
+        else:
+            self._running -= 1
+        self._jobs.pop(token, None)
+        self._active.pop(token, None)
+        self._asked_to_end.discard(token)
 
     def _begun(self, plugin: UpqJob) -> None:
         with self._changed:

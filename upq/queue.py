@@ -181,6 +181,7 @@ class Queue:
         self.truncated += batch.truncated
         self.started += len(batch.taken)
         self.started_again += len(batch.taken) - batch.first_starts
+        self.crashed += batch.crashed
         self._held.update(batch.taken)
         self._held.difference_update(batch.ended)
         known = None if batch.due_is_all else self.next_due

@@ -310,6 +310,7 @@ CANCEL_WAITING = Sql(
     )
     .where(job.c.id == big("id"), job.c.state.in_([QUEUED, BLOCKED]))
 )
+COUNT_CRASH = Sql(sa.update(job).values(crashes=job.c.crashes + 1).where(job.c.id == big("id")))
 ASK_CANCEL = Sql(
     sa.update(job).values(cancel_asked=1).where(job.c.id == big("id"), job.c.state == RUNNING)
 )
