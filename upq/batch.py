@@ -20,6 +20,7 @@ from upq.errors import KeyConflict, NotFound, RequestError
 from upq.events import Event
 from upq.job import (
     BLOCKED,
+    CANCELLED,
     DONE,
     FAILED,
     FINAL,
@@ -350,6 +351,7 @@ class Batch:
 
     def _finish(self, finishes: list[Finish]) -> list[bool]:
         self.ended = [one.job.token for one in finishes]
+        self._heed_cancels([one for one in finishes if one.outcome.state == QUEUED])
         now = self.now
         values = []
         for one in sorted(finishes, key=lambda f: f.job.id):
@@ -377,6 +379,18 @@ class Batch:
         self._keep_outputs(finishes)
         self._follow(finishes)
         return [True] * len(finishes)
+
+    def _heed_cancels(self, again: list[Finish]) -> None:
+        """An attempt is the last one when its job was cancelled, even at the last moment."""
+        if not again:
+            return
+        ids = sorted((one.job.id,) for one in again)
+        cancelled = {row[0] for row in self.tx.fetch_rows(st.CANCELLED_OF, ids)}
+        for one in again:
+            if one.job.id in cancelled:
+                outcome = one.outcome
+                outcome.state, outcome.reason, outcome.run_at = CANCELLED, "asked", None
+                outcome.crashed, outcome.counts = False, True
 
     def _keep_outputs(self, finishes: list[Finish]) -> None:
         outputs = [

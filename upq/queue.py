@@ -385,6 +385,11 @@ class Queue:
         lanes = self._act(lambda batch: batch.tx.fetch(st.LANES))
         self._know(read_lane(*row) for row in lanes)
 
+    def asked_to_end(self) -> list[tuple[str, int]]:
+        """Running jobs of this daemon that were cancelled, maybe by way of another: type, token."""
+        rows = self._act(lambda batch: batch.tx.fetch(st.ASKED_TO_END, owner=self.owner))
+        return [(type, token) for type, token in rows]
+
     def stage(self) -> list[int]:
         """Make claimable what has become due, at most CHUNK a transaction. Returns its lanes."""
 
