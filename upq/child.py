@@ -159,6 +159,8 @@ class RemoteDesk:
     """What a job may ask of the daemon, asked over the socket. One question at a time."""
 
     def __init__(self, lines: Lines) -> None:
+        #: Of the job that runs.
+        self.door: Door | None = None
         self._lines = lines
         self._asking = threading.Lock()
         self._database: Database | None = None
@@ -172,6 +174,8 @@ class RemoteDesk:
             os._exit(1)  # the daemon is gone
         if "error" in answer:
             raise _ERRORS.get(answer["error"], UpqError)(answer["text"])
+        if answer["broken_off"] and self.door is not None:
+            self.door.come_out()
         return answer["value"]
 
     @property
@@ -261,7 +265,7 @@ class Worker:
             return {"report": Report(BROKEN, blame(error, file))}
         job.token = asked["token"]
         output = job._output = Sent(self._lines)
-        door = job.door = Door()
+        door = job.door = self._desk.door = Door()
         job.ender = self._keeper.cancel
         self.job = job
         if self._unwanted == job.token:

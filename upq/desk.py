@@ -98,8 +98,8 @@ class ChildEnd:
         return self._desk.end(self._id) is not None
 
     def wait(self, timeout: float | None = None) -> bool:
-        """True once the child has ended; False when `timeout` seconds are over, or when this job
-        is to end itself. Never raises.
+        """True once the child has ended; False when `timeout` seconds are over. Never raises,
+        unless the waiting job itself is ended meanwhile.
         """
         return self._desk.wait(self._parent, self._id, timeout)
 
@@ -212,6 +212,7 @@ class JobDesk:
         finally:
             pool.unpark(parent.token, at_once=not parent.may_wait())
             self._queue.set_reason(job, "")
+            parent.must_end()
 
     def _wait_out(self, parent: UpqJob, id: int, timeout_s: float | None) -> bool:
         over_s = None if timeout_s is None else time.monotonic() + timeout_s

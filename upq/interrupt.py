@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import CodeType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
 
@@ -62,6 +62,12 @@ class Door:
                 # At the last moment. It is raised only once, so this time nothing comes between.
                 self._leave()
                 raise
+
+    def come_out(self) -> NoReturn:
+        """Interrupt the calling thread itself, which is inside, at a place that it has chosen."""
+        with self._lock:
+            self._raised = True
+        raise Interrupted
 
     def _leave(self) -> None:
         # `with` on a lock cannot be interrupted between taking it and its block.

@@ -259,6 +259,11 @@ class UpqJob:
         """Whether a wait for another job may go on: not when this one is to be interrupted."""
         return self.door is None or not self.door.wanted
 
+    def must_end(self) -> None:
+        """After such a wait, in the job's own thread: raises Interrupted when it was broken off."""
+        if self.door is not None and self.door.wanted:
+            self.door.come_out()
+
     def msg(self, text: object) -> None:
         """Add to the job's message; never raises, and what is over the limit is left out."""
         room = MESSAGE_LIMIT - len(self.msgstr)

@@ -261,15 +261,19 @@ class ProcessJob(UpqJob):
         asks: dict[str, Callable[..., Any]] = {
             "db": self._database_url,
             "enqueue": self._enqueue,
-            "wait": lambda id, timeout: self._queued[id].finished.wait(timeout),
+            "wait": self._wait,
             "look": self._look_at,
             "list_queues": self._need_desk().list_queues,
             "list_jobs": self._need_desk().list_jobs,
         }
         try:
-            return {"value": asks[what](*args)}
+            value = asks[what](*args)
+            return {"value": value, "broken_off": what == "wait" and not self.may_wait()}
         except UpqError as error:
             return {"error": error.code, "text": str(error)}
+
+    def _wait(self, id: int, timeout: float | None) -> bool:
+        return self._queued[id].finished.wait(timeout)
 
     def _look_at(self, id: int) -> list[Any]:
         job = self._queued[id]
