@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests import stores
+from tests import cancels, stores
 from tests.daemons import PATIENCE_S, Daemon, until
 from tests.stores import Store
 from tests.test_process import folder_of_its_own
@@ -395,3 +395,11 @@ def test_a_crash_is_counted_in_the_transaction_of_the_end(store: Store) -> None:
     store.flush()
     assert (store.row(id).crashes, store.row(id).state) == (3, FAILED)
     assert store.queue.crashed == 1
+
+
+def test_cancels_at_random_are_answered_truly(short_tmp: Any) -> None:
+    """T17, the short form of `python -m tests.cancels`."""
+    found = cancels.run(short_tmp, 80, seed=17)
+    assert (found.not_one_end, found.untrue, found.started) == ([], [], [])
+    assert found.slowest_s < cancels.END_S + 3
+    assert {text.partition(":")[0] for text in found.said} == {"queued", "running", "too late"}
