@@ -102,7 +102,8 @@ def judged(plugin: UpqJob, report: Report) -> Report:
         # What comes after the time is over is no success: most jobs that obey just return.
         text = f"timed out after {plugin.timeout_s:g} s"
         result = None if report.end == DONE else report.result
-        return Report(TIMEOUT, join(report.message or said(plugin), text), result)
+        begun = "" if report.end == CANCELLED else report.message or said(plugin)
+        return Report(TIMEOUT, join(begun, text), result)
     if report.end == INTERRUPTED:
         return Report(CANCELLED, join(report.message or said(plugin), "cancelled"))
     return report
