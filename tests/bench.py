@@ -36,6 +36,23 @@ class Stamp(UpqJob):
     def run(self):
         return time.time() - float(self.jobdata["sent"])
 """
+#: A CPU-bound job of about 50 ms.
+BURN = """from upq import UpqJob
+
+
+class {name}(UpqJob):
+    def run(self):
+        return sum(n * n for n in range(600_000))
+"""
+APART = """[job apart]
+executor = process
+concurrent = 2
+[job burn]
+concurrent = 2
+[job burn_apart]
+executor = process
+concurrent = 2
+"""
 CONFIG = """[logging]
 logfile = upq.log
 [paths]
@@ -54,12 +71,12 @@ concurrent = 4
 class Daemon:
     """A daemon in a folder of its own, and connections to it."""
 
-    def __init__(self, folder: Path, url: str, concurrent: int = 4) -> None:
+    def __init__(self, folder: Path, url: str, concurrent: int = 4, more: str = "") -> None:
         self.folder = folder
         (folder / "jobs").mkdir(exist_ok=True)
         (folder / "jobs/noop.py").write_text(NOOP)
         (folder / "jobs/stamp.py").write_text(STAMP)
-        (folder / "upq.cfg").write_text(CONFIG.format(url=url, concurrent=concurrent))
+        (folder / "upq.cfg").write_text(CONFIG.format(url=url, concurrent=concurrent) + more)
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> float:
@@ -142,11 +159,11 @@ def many_clients(daemon: Daemon, clients: int, seconds: float) -> int:
     return n
 
 
-def pipelined(daemon: Daemon, n: int) -> float:
+def pipelined(daemon: Daemon, n: int, line: bytes = b"noop fid:50\n") -> float:
     """Seconds for n submits sent without waiting for their ACKs."""
     with daemon.connect() as sock:
         began = time.perf_counter()
-        sender = threading.Thread(target=sock.sendall, args=(b"noop fid:50\n" * n,))
+        sender = threading.Thread(target=sock.sendall, args=(line * n,))
         sender.start()
         got = 0
         while got < n:
@@ -217,6 +234,30 @@ def bench_jobs(url: str) -> None:
         wait_done(daemon, 500 + 2 * n, 0.02)
         report("no-op jobs/s, concurrent = 4, drain of 20,000 queued",
                f"{n / (time.perf_counter() - began):,.0f}", "goal 10,000")  # fmt: skip
+
+
+def bench_process(url: str) -> None:
+    with fresh(url, more=APART) as daemon:
+        jobs = daemon.folder / "jobs"
+        (jobs / "apart.py").write_text(NOOP.replace("Noop", "Apart"))
+        for name in "burn", "burn_apart":
+            (jobs / f"{name}.py").write_text(BURN.format(name=name.capitalize()))
+        daemon.start()
+
+        def took_s(type: str, n: int) -> float:
+            before, line = daemon.done(), f"{type}\n".encode()
+            pipelined(daemon, 4, line)
+            wait_done(daemon, before + 4)
+            began = time.perf_counter()
+            pipelined(daemon, n, line)
+            wait_done(daemon, before + 4 + n, 0.02)
+            return time.perf_counter() - began
+
+        n = 10_000
+        report("no-op jobs/s in 2 child processes", f"{n / took_s('apart', n):,.0f}", "goal 2,000")
+        threads_s, processes_s = took_s("burn", 60), took_s("burn_apart", 60)
+        report("CPU-bound jobs, 2 child processes against 2 threads",
+               f"{threads_s / processes_s:.2f} times", "goal 1.8")  # fmt: skip
 
 
 def bench_latency(url: str) -> None:
@@ -310,7 +351,7 @@ def bench_million(url: str, rows: int = 1_000_000) -> None:
 
 
 SERVERS = {"postgres": servers.Postgres, "mariadb": servers.MariaDB}
-BENCHES = (bench_submits, bench_jobs, bench_latency, bench_million, bench_idle)
+BENCHES = (bench_submits, bench_jobs, bench_process, bench_latency, bench_million, bench_idle)
 
 
 @contextlib.contextmanager

@@ -564,8 +564,10 @@ FAULTS = [
     ("[logging]\nlevel = x", 2, "no setting 'level' in [logging] (did you mean loglevel?)"),
     ("[mail]\nzzz = x", 2, "no setting 'zzz' in [mail]"),
     ("[listen]\ntls = yes", 2, "tls: not yet available in this version"),
-    ("[daemon]\nmax_abandoned = 5", 2, "max_abandoned: not yet available in this version"),
     ("[node]\npools = x\n[pool y]\nqueues = a", 2, "pools: no [pool x]"),
+    ("[job a]\nexecutor = fork", 2, "executor: 'fork' is none of thread, process"),
+    ("[job a]\ncommand = b\nexecutor = thread", 3, "executor: a command is a process anyway"),
+    ("[job a]\nmax_jobs_per_child = 0", 2, "max_jobs_per_child: 0 is not between 1 and"),
     ("[job a]\nschedule = 5 4 * * *", 2, "schedule: not yet available in this version"),
     ("[job a]\non_fail = b", 2, "on_fail: not yet available in this version"),
     # Values

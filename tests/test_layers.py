@@ -12,17 +12,19 @@ ROOT = Path(__file__).parent.parent
 
 #: A file of upq/ imports only from floors below its own.
 FLOORS = (
-    "errors job when events clock log systemd",
+    "errors job when events clock log systemd interrupt",
     "access params wire gates rates",
     "protocol plugins notify schema client draws",
-    "command migrations",
+    "command keeper migrations",
     "db cli",
     "sql",
     "writer statements",
     "limits",
     "batch record kinds ini",
-    "config queue views",
-    "jobtypes",
+    "config queue views attempt",
+    "jobtypes child",
+    "executor",
+    "process",
     "runner",
     "pool",
     "claimer",

@@ -261,9 +261,9 @@ def test_a_waiting_parent_gives_its_place_to_another(work: Work) -> None:
 
     def wait_for_child(job: Job) -> None:
         if job is parent:
-            pool.park()
+            pool.park(job.token)
             work.gate(child.id).wait(10)
-            pool.unpark()
+            pool.unpark(job.token)
             goes_on.set()
 
     work.act = wait_for_child
@@ -285,9 +285,9 @@ def test_a_parent_that_goes_on_takes_the_next_place_before_new_claims(work: Work
 
     def act(job: Job) -> None:
         if job is parent:
-            pool.park()
+            pool.park(job.token)
             work.gate(parent.id).wait(10)
-            pool.unpark()
+            pool.unpark(job.token)
             order.append("parent")
         else:
             order.append("child" if job is child else "other")
@@ -317,9 +317,9 @@ def test_parents_and_children_of_one_type_finish_to_any_depth(work: Work) -> Non
         at = jobs.index(job)
         if at + 1 < depth:
             give(pool, jobs[at + 1])
-            pool.park()
+            pool.park(job.token)
             work.gate(jobs[at + 1].id).wait(20)
-            pool.unpark()
+            pool.unpark(job.token)
         order.append(at)
         work.let_go(job)
 
@@ -334,9 +334,9 @@ def test_many_parents_at_once_lose_no_place(work: Work) -> None:
     pool = work.pool(2)
 
     def act(job: Job) -> None:
-        pool.park()
+        pool.park(job.token)
         time.sleep(0.001 * (job.id % 4))
-        pool.unpark()
+        pool.unpark(job.token)
 
     work.act = act
     jobs = [claimed() for _ in range(60)]
@@ -352,9 +352,9 @@ def test_a_parent_goes_on_when_the_pool_is_closed(work: Work) -> None:
 
     def act(job: Job) -> None:
         if job is parent:
-            pool.park()
+            pool.park(job.token)
             work.gate(parent.id).wait(10)
-            pool.unpark()
+            pool.unpark(job.token)
         else:
             work.gate(job.id).wait(10)
 

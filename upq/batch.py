@@ -21,6 +21,7 @@ from upq.errors import KeyConflict, NotFound, RequestError
 from upq.events import Event
 from upq.job import (
     BLOCKED,
+    CANCELLED,
     DONE,
     FAILED,
     FINAL,
@@ -160,7 +161,7 @@ class Batch:
         self.first_starts = 0
         self.ended: list[int] = []
         #: Ends refused because another claim owns the job; for the others see `Queue`.
-        self.fenced = self.given_back = self.retried = self.truncated = 0
+        self.fenced = self.given_back = self.retried = self.truncated = self.crashed = 0
         #: Places booked for jobs that this batch has queued, and what was claimed for them.
         self.booked: list[Want] = []
         self.claimed: list[tuple[Any, int, int]] = []
@@ -496,6 +497,7 @@ class Batch:
 
     def _finish(self, finishes: list[Finish]) -> list[bool]:
         self.ended = [one.job.token for one in finishes]
+        self._heed_cancels([one for one in finishes if one.outcome.state == QUEUED])
         now = self.now
         values = []
         for one in sorted(finishes, key=lambda f: f.job.id):
@@ -535,6 +537,18 @@ class Batch:
         elif not outcome.counts and one.job.attempt == 1:
             self.limiter.given_back(one.job.id, limits)
 
+    def _heed_cancels(self, again: list[Finish]) -> None:
+        """An attempt is the last one when its job was cancelled, even at the last moment."""
+        if not again:
+            return
+        ids = sorted((one.job.id,) for one in again)
+        cancelled = {row[0] for row in self.tx.fetch_rows(st.CANCELLED_OF, ids)}
+        for one in again:
+            if one.job.id in cancelled:
+                outcome = one.outcome
+                outcome.state, outcome.reason, outcome.run_at = CANCELLED, "asked", None
+                outcome.crashed, outcome.counts = False, True
+
     def _keep_outputs(self, finishes: list[Finish]) -> None:
         outputs = [
             (one.job.id, one.job.starts, out.text, out.size_bytes, int(out.truncated))
@@ -554,6 +568,10 @@ class Batch:
             self.tx.run_rows(st.AGAIN_BELOW, sorted(again))
         self.retried = len(again)
         self.given_back = sum(not one.outcome.counts for one in finishes)
+        for one in finishes:
+            if one.outcome.crashed:
+                self.tx.run(st.COUNT_CRASH, id=one.job.id)
+                self.crashed += one.outcome.state == FAILED
         self._release_dependents([id for id, state in states if state == DONE])
         self.hold_dependents([(id, s) for id, s in states if s in FINAL and s != DONE])
 

@@ -287,9 +287,13 @@ class Claimer:
         self._give_back_stale()
         unheard = False  # whether jobs may have been queued of which nobody has told us
         if queue.shared and self.ticked_s - self._looked_s >= POLL_S:
-            # Other daemons queue jobs, pause queues, and may have died before they woke a job.
+            # Other daemons queue and cancel jobs, pause queues, and may have died before they woke
+            # a job.
             self._looked_s = self.ticked_s
             queue.refresh()
+            for type, token in queue.asked_to_end():
+                if (pool := self.pools.get(type)) is not None:
+                    pool.cancel(token)
             unheard = True
         if self._may_have_strays():
             # A commit that only seemed to fail has told nobody, either.

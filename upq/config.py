@@ -127,6 +127,11 @@ class Daemon:
     gid: int | None = setting(GROUP, "", "Run as this group; empty: the one that starts it.")
     chroot_directory: str = setting(PATH, "", "Lock the daemon into this folder; empty: no.")
     grace_s: float = setting(DURATION, "20s", "Running jobs have this long to end at a stop.")
+    max_abandoned: int = setting(
+        number(0),
+        "10",
+        "Restart once more threads than this hang in jobs that could not be stopped.",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,7 +299,18 @@ class JobSettings:
     subjobs: tuple[str, ...] = setting(
         NAMES, "", "Job types that follow one after another on success, with the same parameters."
     )
-    timeout_s: float = setting(DURATION, "0", "A command that runs longer fails; 0: no limit.")
+    executor: str = setting(
+        one_of("thread", "process"),
+        "thread",
+        "Where the class runs: in a `thread` of the daemon, or in a child `process` that may crash"
+        " or hang and harms nothing else. A command is a process of its own anyway.",
+    )
+    max_jobs_per_child: int = setting(
+        number(1), "1000", "Jobs that a child process runs before a new one takes its place."
+    )
+    timeout_s: float = setting(
+        DURATION, "0", "A job that runs longer is ended, and has failed; 0: no limit."
+    )
     retries: int = setting(number(0, 9999), "0", "Further attempts after a failure.")
     retry_delay_s: float = setting(DURATION, "10s", "Wait before the first further attempt.")
     retry_backoff: float = setting(FACTOR, "2", "Each wait is so many times the one before.")
@@ -438,9 +454,8 @@ OTHER_SECTIONS: dict[str, Any] = {
 #: What later versions bring: refused clearly rather than ignored. "" holds sections.
 LATER = {
     "": ("http", "schedule", "autoscale"),
-    "daemon": ("max_abandoned",),
     "listen": ("tls", "tokens"),
-    "job": ("on_fail", "schedule", "executor", "nice", "memory_limit", "keep"),
+    "job": ("on_fail", "schedule", "nice", "memory_limit", "keep"),
 }
 
 #: Bytes that the kernel allows the path of a UNIX socket.
@@ -532,6 +547,8 @@ def _job(name: str, modules: set[str], ini: Ini) -> JobSettings:
     )
     if job.missing and job.enabled:
         ini.warn(section.place, f"[job {name}] is disabled: no {name}.py in jobs_dir")
+    if job.command and "executor" in job.variables:
+        ini.fault(ini.place(section.name, "executor"), "executor: a command is a process anyway")
     return _with_params(_with_retries(job, ini), ini)
 
 

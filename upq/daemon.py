@@ -36,7 +36,9 @@ from upq.events import Bus
 from upq.job import CANCELLED, DONE, EXPIRED, FAILED
 from upq.jobtypes import JobTypes, pool_key
 from upq.lobby import Lobby
+from upq.plugins import UpqJob
 from upq.pool import Pool, SharedPool
+from upq.process import ProcessJob
 from upq.queue import BEAT_S, Queue
 from upq.runner import Runner
 from upq.server import Door, Place, bind_tcp, bind_unix
@@ -49,6 +51,8 @@ log = logging.getLogger("upq")
 PURGE_S = 10.0
 #: Seconds between two looks at lines of `serial` that nobody moves.
 LINES_S = 60.0
+#: Seconds between two looks for what executors keep and do not need.
+TIDY_S = 10.0
 #: Exit status for a damaged database file: to start again would not help (EX_DATAERR).
 DAMAGED = 65
 #: Failures of one of the daemon's own threads after which it gives up.
@@ -101,6 +105,7 @@ class Daemon:
         self._clock.every(BEAT_S, "beat", self._queue.beat)
         self._clock.every(PURGE_S, "retention", self._purge)
         self._clock.every(LINES_S, "turns", self._queue.mend_lines)
+        self._clock.every(TIDY_S, "tidy", self._runner.tidy)
         interval_s = systemd.watchdog_interval_s()
         if interval_s is not None:
             self._clock.every(interval_s, "watchdog", self._ping_watchdog)
@@ -164,7 +169,8 @@ class Daemon:
             lambda: self._types.secret,
         )
         self._ends = Ends(self._views)
-        self._runner = Runner(self._queue, self._types)
+        self._runner = Runner(self._queue, self._types, self._lifeline)
+        self._runner.keeper.declare = self._abandon
         self._claimer = Claimer(self._queue, self._runner, self._types.hold)
         self._dispatcher = Dispatcher(
             settings, self._types, self._queue, self._views, self._ends, self._claimer, __version__
@@ -172,6 +178,7 @@ class Daemon:
         desk = JobDesk(self._queue, self._views, self._ends, self._claimer.pool, self._dispatcher)
         self._runner.desk = self._dispatcher.desk = desk
         self._dispatcher.reload = self.reload
+        self._dispatcher.abandoned = lambda: self._runner.threads.abandoned
         self._make_pools()
         self._bus.subscribe(self._ends.hear)
 
@@ -258,6 +265,21 @@ class Daemon:
         self.exit_status = exit_status
         os.write(self._wake_w, bytes([signal.SIGTERM]))
 
+    def _abandon(self, plugin: UpqJob) -> None:
+        """Give up a job whose thread does not come back; with too many of them, ourselves."""
+        pool = self._claimer.pool(plugin.jobname, plugin.token)
+        job = pool.abandon(plugin.token) if pool else None
+        if job is None:
+            return
+        many, limit = self._runner.threads.abandon(), self.settings.daemon.max_abandoned
+        # Not in the keeper's thread: while the database is away, an end may have to wait for it.
+        threading.Thread(
+            target=self._runner.declare, args=(job, plugin), name="declare", daemon=True
+        ).start()
+        if many == limit + 1:
+            log.critical("%d threads hang, more than [daemon] max_abandoned: restarting", many)
+            self.fail()
+
     def _tick(self) -> None:
         while not self._stopped.wait(self._clock.tick(time.monotonic())):
             pass
@@ -321,6 +343,7 @@ class Daemon:
             warnings = [*settings.warnings, *(f"[{s}] needs a restart" for s in changed)]
             self.settings = settings
             self._types.configure(settings)
+            self._runner.renew()
             self._dispatcher.configure(settings)
             self._make_pools()
             self._claimer.heat()
@@ -356,6 +379,7 @@ class Daemon:
         if not self._keep_node:
             with contextlib.suppress(RequestError):
                 self._queue.close()
+        self._runner.close()
         self._lifeline.close()
         self._database.close()
         for fd in self._locks:
@@ -369,7 +393,7 @@ class Daemon:
             log.info("(%s:%d) interrupted, it will run again", job.type, job.id)
             if plugin is not None:
                 plugin.interrupted = True
-                if isinstance(plugin, CommandJob):
+                if isinstance(plugin, CommandJob | ProcessJob):
                     plugin.grace_s = LAST_GRACE_S
                 plugin.cancel()
         if left:

@@ -98,7 +98,9 @@ class ChildEnd:
         return self._desk.end(self._id) is not None
 
     def wait(self, timeout: float | None = None) -> bool:
-        """True once the child has ended; False when `timeout` seconds are over. Never raises."""
+        """True once the child has ended; False when `timeout` seconds are over. Never raises,
+        unless the waiting job itself is ended meanwhile.
+        """
         return self._desk.wait(self._parent, self._id, timeout)
 
 
@@ -207,25 +209,26 @@ class JobDesk:
         job, pool = self._job(parent), self._pools(parent.jobname, parent.token)
         if job is None or pool is None or not parent.in_own_thread:
             # A helper thread of the job holds no place that could be given back.
-            return self._wait_out(id, timeout_s)
+            return self._wait_out(parent, id, timeout_s)
         self._queue.set_reason(job, f"waits for {id}")
-        pool.park(parent.jobname)
+        pool.park(parent.token)
         try:
-            return self._wait_out(id, timeout_s)
+            return self._wait_out(parent, id, timeout_s)
         finally:
-            pool.unpark(parent.jobname)
+            pool.unpark(parent.token, at_once=not parent.may_wait())
             self._queue.set_reason(job, "")
+            parent.must_end()
 
-    def _wait_out(self, id: int, timeout_s: float | None) -> bool:
+    def _wait_out(self, parent: UpqJob, id: int, timeout_s: float | None) -> bool:
         over_s = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             left_s = None if over_s is None else max(over_s - time.monotonic(), 0)
             try:
-                return self._ends.wait(id, left_s) is not None
+                return self._ends.wait(id, left_s, parent.may_wait) is not None
             except NotFound:
                 return False
             except RequestError:  # the database is away: go on waiting
-                if left_s == 0:
+                if left_s == 0 or not parent.may_wait():
                     return False
                 time.sleep(1.0)
 

@@ -86,6 +86,8 @@ class Dispatcher:
         self.stopping = False
         #: What `reload` does; set by the daemon, raises RequestError when the file has faults.
         self.reload: Callable[[], list[str]] = list
+        #: How many threads hang in jobs that were given up; set by the daemon.
+        self.abandoned: Callable[[], int] = int
         self._counters = Counter[str]()
         self._counting = threading.Lock()
         self._verbs: dict[str, Callable[[dict[str, Any], Peer, Alive], Any]] = {
@@ -248,8 +250,6 @@ class Dispatcher:
         new.key = options.key or ""
         new.after = options.after or ()
         if options.timeout_s is not None:
-            if kind.cfg.command is None:
-                raise BadParams("@timeout: only command jobs have it in this version")
             new.options["timeout_s"] = options.timeout_s
         if options.retries is not None:
             new.options["retries"] = options.retries
@@ -328,6 +328,7 @@ class Dispatcher:
             "durable": self._queue.database.durable,
             "uptime_s": (when.now() - self._started_at) // 1_000_000,
             "jobs": counts,
+            "abandoned": self.abandoned(),
             "broken": {kind.name: str(kind.fault) for kind in self._types.broken()},
             "counters": {
                 "acks": self._counters["acks"],

@@ -144,6 +144,8 @@ class Outcome:
     output: Output | None = None
     #: False for an attempt that an interruption took away and that does not count.
     counts: bool = True
+    #: True when the death of its process ended it.
+    crashed: bool = False
 
     @property
     def is_retry(self) -> bool:

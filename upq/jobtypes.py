@@ -13,6 +13,7 @@ from typing import Any
 
 from upq import when
 from upq.access import Principals
+from upq.attempt import refused
 from upq.command import Lifeline, command_type
 from upq.config import JobSettings, Mail, PoolSettings, Settings
 from upq.draws import Bounds, Level, Plan, Token
@@ -136,14 +137,7 @@ class JobType:
 
     def refusal(self, job: UpqJob) -> Refused | None:
         """Ask check(); an exception in it refuses, too."""
-        try:
-            verdict = job.check()
-        except RequestError as error:
-            return Refused(str(error))
-        except BaseException as error:  # even a sys.exit()
-            log.warning("check() raised", exc_info=error)
-            return Refused(f"check() failed: {blame(error, self.file)}")
-        return Refused(str(job.msgstr or "refused by check()")) if verdict is False else None
+        return refused(job, self.file)
 
     def retry_wait_s(self, attempt: int) -> float:
         cfg = self.cfg

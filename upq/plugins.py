@@ -21,13 +21,14 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from upq.errors import Broken, UpqError
-from upq.job import Output
+from upq.interrupt import Door
+from upq.job import DONE, Output
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -137,6 +138,12 @@ class UpqJob:
 
     #: False for a type that is answered from its `check()` and never queued.
     queued = True
+    #: Seconds that an attempt may take; 0 for no limit.
+    timeout_s: float = 0.0
+    #: "cancel" or "timeout", once upq has begun to end the attempt for that.
+    ended_by: str | None = None
+    #: Where it can be interrupted, if it runs in a thread.
+    door: Door | None = None
 
     def __init__(
         self,
@@ -181,6 +188,8 @@ class UpqJob:
         self._thread_ident = threading.get_ident()
         self._progress_at_s = 0.0
         self.last_progress: dict[str, Any] | None = None
+        #: Sees to it that the job ends once `cancel()` has asked for it.
+        self.ender: Callable[[UpqJob], None] | None = None
 
     # What a job class overrides.
 
@@ -243,8 +252,19 @@ class UpqJob:
         return self._need_desk().db
 
     def cancel(self) -> None:
-        """Ask the job to end, from any thread; a thread job sees it as `self.cancelled`."""
+        """Ask the job to end, from any thread; it sees that as `self.cancelled`."""
         self.cancel_event.set()
+        if self.ender is not None:
+            self.ender(self)
+
+    def may_wait(self) -> bool:
+        """Whether a wait for another job may go on: not when this one is to be interrupted."""
+        return self.door is None or not self.door.wanted
+
+    def must_end(self) -> None:
+        """After such a wait, in the job's own thread: raises Interrupted when it was broken off."""
+        if self.door is not None and self.door.wanted:
+            self.door.come_out()
 
     def msg(self, text: object) -> None:
         """Add to the job's message; never raises, and what is over the limit is left out."""
@@ -291,6 +311,19 @@ class UpqJob:
         """`enqueue_newjob` with the params as keywords."""
         return self.enqueue_newjob(jobname, params)
 
+    def gather(self, jobs: Iterable[Child]) -> list[Any]:
+        """Wait for children; their results in the order given. Raises UpqError if one is not done.
+
+        All have ended then, in any case.
+        """
+        jobs = list(jobs)
+        for job in jobs:
+            job.finished.wait()
+        bad = [f"{job.jobname} {job.jobid} is {job.state}" for job in jobs if job.state != DONE]
+        if bad:
+            raise UpqError(", ".join(bad))
+        return [job.result for job in jobs]
+
     def enqueue_job(self) -> None:
         """Kept for jobs of the first upq: a check() that does not refuse queues by itself."""
 
@@ -301,6 +334,8 @@ class UpqJob:
     def _need_desk(self) -> Desk:
         if self._desk is None:
             raise UpqError(f"{self.jobname}: this object does not run in a daemon")
+        if self.door is not None and self.door.given_up:
+            raise UpqError(f"job {self.jobid} was given up: it can ask for nothing any more")
         return self._desk
 
     def __str__(self) -> str:

@@ -44,8 +44,8 @@ class Pool:
         self._claimed: deque[tuple[Job, float]] = deque()
         self._running = 0
         self._resuming = 0
-        # Threads whose jobs wait for others; they hold no place.
-        self._parked = 0
+        # Claims whose jobs wait for others; they hold no place.
+        self._parked: set[int] = set()
         self._booked = 0
         self._threads = 0
         self._idle = 0
@@ -133,6 +133,18 @@ class Pool:
         if plugin is not None:
             plugin.cancel()
 
+    def abandon(self, token: int) -> Job | None:
+        """Forget a running job whose thread does not come back: another may take its place."""
+        with self._changed:
+            job = self._jobs.get(token)
+            if job is None:
+                return None
+            self._forget(token)
+            self._threads -= 1
+            self._next()
+        self._wake_claimer()
+        return job
+
     def sizes(self) -> dict[str, int]:
         with self._changed:
             return {"running": self._running, "threads": self._threads, "places": self.concurrent}
@@ -151,30 +163,36 @@ class Pool:
 
     # For waiting parents
 
-    def park(self, type: str = "") -> None:
-        """Give back the calling job's place."""
+    def park(self, token: int) -> None:
+        """Give back the place of the job with this claim."""
         with self._changed:
+            if token not in self._jobs:
+                return
             self._running -= 1
-            self._parked += 1
+            self._parked.add(token)
             self._next()
         self._wake_claimer()
 
-    def unpark(self, type: str = "") -> None:
-        """Take a place again, before jobs that are claimed later."""
+    def unpark(self, token: int, at_once: bool = False) -> None:
+        """Take a place again, before jobs that are claimed later.
+
+        at_once: one too many, for a job that is to end.
+        """
         with self._changed:
             self._resuming += 1
-            while self._running >= self.concurrent and not self._closed:
+            while self._running >= self.concurrent and not self._closed and not at_once:
                 self._changed.wait()
             self._resuming -= 1
-            self._parked -= 1
-            self._running += 1
+            if token in self._parked:  # it was not given up meanwhile
+                self._parked.discard(token)
+                self._running += 1
             # Threads that held back while somebody resumed may go on, if there is a place left.
             self._changed.notify_all()
 
     # The threads
 
     def _start_thread(self) -> None:
-        if self._threads - self._parked >= self.concurrent:
+        if self._threads - len(self._parked) >= self.concurrent:
             # There are enough: some are between two jobs.
             return
         self._made += 1
@@ -205,13 +223,21 @@ class Pool:
                 log.exception("(%s:%d) the runner failed", job.type, job.id)
             took_s = time.monotonic() - started
             with self._changed:
+                if job.token not in self._jobs:
+                    return  # abandoned: another has taken this thread's place
                 self._usual_s += (took_s - self._usual_s) / (8 if took_s < self._usual_s else 1)
-                self._running -= 1
-                self._jobs.pop(job.token, None)
-                self._active.pop(job.token, None)
-                self._asked_to_end.discard(job.token)
+                self._forget(job.token)
                 if self._resuming:
                     self._changed.notify_all()
+
+    def _forget(self, token: int) -> None:
+        if token in self._parked:
+            self._parked.discard(token)
+        else:
+            self._running -= 1
+        self._jobs.pop(token, None)
+        self._active.pop(token, None)
+        self._asked_to_end.discard(token)
 
     def _begun(self, plugin: UpqJob) -> None:
         with self._changed:
@@ -259,7 +285,8 @@ class SharedPool(Pool):
         #: Where a job stands among those that were claimed ahead; None: where it was claimed.
         self.order: Callable[[Job], Any] | None = None
         self._asked = False
-        self._parked_types = Counter[str]()
+        # Claims of parents whose type has a place for them again.
+        self._returning: set[int] = set()
         # Parents that could go on, if there was not a limit on their type.
         self._held_up = Counter[str]()
 
@@ -289,22 +316,24 @@ class SharedPool(Pool):
             return {type: max(most - used[type], 0) for type, most in self.most.items()}
 
     def _used(self) -> Counter[str]:
-        used = Counter(job.type for job in self._jobs.values())
+        away = self._parked - self._returning
+        used = Counter(job.type for token, job in self._jobs.items() if token not in away)
         used.update(job.type for job, _ in self._claimed)
-        used.subtract(self._parked_types)
         return used
 
-    def park(self, type: str = "") -> None:
+    def unpark(self, token: int, at_once: bool = False) -> None:
         with self._changed:
-            self._parked_types[type] += 1
-        super().park(type)
+            job = self._jobs.get(token)
+            if job is not None and not at_once:
+                self._wait_for_type(job)
+            self._returning.add(token)
+        super().unpark(token, at_once)
+        with self._changed:
+            self._returning.discard(token)
 
-    def unpark(self, type: str = "") -> None:
-        with self._changed:
-            self._held_up[type] += 1
-            most = self.most.get(type, self.concurrent)
-            while self._used()[type] >= most and not self._closed:
-                self._changed.wait(LOOK_S)
-            self._held_up[type] -= 1
-            self._parked_types[type] -= 1
-        super().unpark(type)
+    def _wait_for_type(self, job: Job) -> None:
+        most = self.most.get(job.type, self.concurrent)
+        self._held_up[job.type] += 1
+        while self._used()[job.type] >= most and not self._closed and job.token in self._jobs:
+            self._changed.wait(LOOK_S)
+        self._held_up[job.type] -= 1

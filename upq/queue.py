@@ -204,6 +204,7 @@ class Queue:
         self.truncated += batch.truncated
         self.started += len(batch.taken)
         self.started_again += len(batch.taken) - batch.first_starts
+        self.crashed += batch.crashed
         self._held.update(batch.taken)
         self._held.difference_update(batch.ended)
         known = None if batch.due_is_all else self.next_due
@@ -449,6 +450,11 @@ class Queue:
         """Learn what other daemons on the same database have made and paused."""
         lanes = self._act(lambda batch: batch.tx.fetch(st.LANES))
         self._know(read_lane(*row) for row in lanes)
+
+    def asked_to_end(self) -> list[tuple[str, int]]:
+        """Running jobs of this daemon that were cancelled, maybe by way of another: type, token."""
+        rows = self._act(lambda batch: batch.tx.fetch(st.ASKED_TO_END, owner=self.owner))
+        return [(type, token) for type, token in rows]
 
     def stage(self) -> list[int]:
         """Make claimable what has become due, at most CHUNK a transaction. Returns its lanes."""

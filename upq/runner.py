@@ -6,30 +6,24 @@ import copy
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
-
-from sqlalchemy.exc import DBAPIError
 
 from upq import log as logs
 from upq import notify, when
-from upq.command import CommandJob
+from upq.attempt import AWAY, BROKEN, CRASHED, RETRY, TIMEOUT, UNFIT, Report, left, with_fault
+from upq.command import Lifeline
 from upq.db import one_line
-from upq.errors import Abort, BadParams, RequestError, Retry, Unavailable, Uncertain
-from upq.job import (
-    CANCELLED,
-    DONE,
-    EXPIRED,
-    FAILED,
-    QUEUED,
-    RESULT_LIMIT_BYTES,
-    Job,
-    NewJob,
-    Outcome,
-)
+from upq.errors import BadParams, RequestError
+from upq.executor import Executor, Threads
+from upq.interrupt import Abandoned
+from upq.job import CANCELLED, DONE, EXPIRED, FAILED, QUEUED, Job, NewJob, Outcome
 from upq.jobtypes import JobType, JobTypes
+from upq.keeper import GRACE_S, Keeper
 from upq.plugins import MESSAGE_LIMIT, Desk, UpqJob, blame, follow_up
-from upq.queue import Queue
-from upq.record import encode
+from upq.process import Processes
+from upq.queue import CRASH_LIMIT, Queue
+from upq.record import crashes_of
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +36,16 @@ AWAY_RETRY_S = 0.5
 class Runner:
     """Runs claimed jobs, each in the calling thread."""
 
-    def __init__(self, queue: Queue, types: JobTypes) -> None:
+    def __init__(self, queue: Queue, types: JobTypes, lifeline: Lifeline | None = None) -> None:
         self._queue = queue
         self._types = types
+        self.keeper = Keeper()
+        self.threads = Threads(self.keeper)
+        #: By the words of `executor =`.
+        self.executors: dict[str, Executor] = {
+            "thread": self.threads,
+            "process": Processes(lifeline),
+        }
         #: What jobs may ask of the daemon; set before the first job runs.
         self.desk: Desk | None = None
 
@@ -56,12 +57,32 @@ class Runner:
         started_s = time.monotonic()
         with logs.job(job.type, job.id):
             log.debug("starting")
-            outcome, then = self._guarded(job, begun)
+            try:
+                outcome, then = self._guarded(job, begun)
+            except Abandoned:
+                took_s = time.monotonic() - started_s
+                log.warning("it came back after %.1f s, too late: nothing of it is kept", took_s)
+                return
             self._end(job, outcome, then, started_s)
 
     def give_back(self, job: Job, reason: str) -> None:
         """Put a claimed job back to the queue; its attempt does not count."""
         self._end(job, Outcome(QUEUED, reason=reason, counts=False), [], time.monotonic())
+
+    # The executors
+
+    def renew(self) -> None:
+        """The configuration was read again."""
+        for one in self.executors.values():
+            one.renew()
+
+    def tidy(self) -> None:
+        for one in self.executors.values():
+            one.tidy()
+
+    def close(self) -> None:
+        for one in self.executors.values():
+            one.close()
 
     # One attempt
 
@@ -74,6 +95,8 @@ class Runner:
         try:
             plugin, outcome = self._attempt(job, kind, begun)
             return outcome, self._then(job, kind, plugin, outcome)
+        except Abandoned:
+            raise
         except BaseException as error:
             log.warning("the job's class failed", exc_info=error)
             outcome = Outcome(FAILED, blame(error, kind.file))
@@ -87,92 +110,93 @@ class Runner:
             kind.turn_of(job.params)
         except BadParams as error:
             return None, Outcome(FAILED, str(error), reason="bad params")
+        executor = self.executors[kind.cfg.executor]
         chain = job.options.get("chain", kind.cfg.subjobs)
-        plugin = kind.make(data, self.desk, jobid=job.id, chain=chain, attempt=job.attempt)
+        facts = {"jobid": job.id, "chain": chain, "attempt": job.attempt}
+        plugin = executor.make(kind, data, self.desk, facts)
         plugin.token = job.token
+        timeout_s = job.options.get("timeout_s") or kind.cfg.timeout_s
+        if timeout_s:
+            plugin.timeout_s = timeout_s
         if job.cancel_asked:
             plugin.cancel()
-        timeout_s = job.options.get("timeout_s")
-        if timeout_s and isinstance(plugin, CommandJob):
-            plugin.timeout_s = timeout_s
         begun(plugin)
-        outcome = self._perform(job, kind, plugin)
+        report = executor.perform(kind, plugin)
+        plugin.finished.set()
+        return plugin, self._outcome(job, kind, plugin, report)
+
+    def _outcome(self, job: Job, kind: JobType, plugin: UpqJob, report: Report) -> Outcome:
+        """What an attempt's end means for the job."""
+        outcome = self._meaning(job, kind, plugin, report)
         outcome.output = plugin.captured()
         outcome.progress = plugin.last_progress
+        asked = plugin.cancelled and plugin.ended_by != "timeout"
         if plugin.interrupted and outcome.state != DONE:
             outcome = Outcome(QUEUED, reason="interrupted", counts=False)
-        elif outcome.state == FAILED and plugin.cancelled:
-            outcome.state, outcome.reason = CANCELLED, "asked"
-        plugin.finished.set()
-        return plugin, outcome
+        elif outcome.state != DONE and asked:
+            outcome = replace(outcome, state=CANCELLED, reason="asked", run_at=None, crashed=False)
+        return outcome
 
-    def _perform(self, job: Job, kind: JobType, plugin: UpqJob) -> Outcome:
-        """check() and run(), and what they mean."""
-        if kind.checks:
-            refusal = kind.refusal(plugin)
-            if refusal is not None:
-                return Outcome(FAILED, str(refusal), data=left(plugin, job)[0], reason="refused")
-            plugin.msgstr = ""
-        if plugin.cancelled:
-            return Outcome(CANCELLED, "cancelled before it began", reason="asked")
-        try:
-            returned = plugin.run()
-        except Retry as error:
-            text = join(said(plugin), str(error))
-            return self._failed(job, kind, plugin, text, after_s=error.after_s)
-        except Abort as error:
-            text = join(said(plugin), str(error))
-            return Outcome(FAILED, text, data=left(plugin, job)[0], reason="aborted")
-        except (Unavailable, Uncertain) as error:
-            return self._away(error)
-        except RequestError as error:
-            return self._failed(job, kind, plugin, join(said(plugin), f"{error.code} {error}"))
-        except BaseException as error:  # a job's sys.exit() ends the job, not the thread
-            if isinstance(error, DBAPIError) and error.connection_invalidated:
-                return self._away(error)
-            log.warning("run() raised", exc_info=error)
-            text = join(said(plugin), blame(error, kind.file))
-            return self._failed(job, kind, plugin, text)
-        if returned is False:
-            return self._failed(job, kind, plugin, said(plugin))
-        result = plugin.result
-        if result is None and returned is not True:
-            result = returned
-        data, data_fault = left(plugin, job)
-        fault = join(result_fault(result), data_fault)
-        if fault:
-            return Outcome(FAILED, join(said(plugin), fault), data=data)
-        return Outcome(DONE, said(plugin), result, data)
-
-    def _away(self, error: Exception) -> Outcome:
-        """The database was away under the job, which is nothing that the job has done."""
-        run_at = when.now() + AWAY_WAIT_US
-        return Outcome(QUEUED, one_line(error), run_at=run_at, reason="interrupted", counts=False)
+    def _meaning(self, job: Job, kind: JobType, plugin: UpqJob, report: Report) -> Outcome:
+        if report.end == AWAY:
+            run_at = when.now() + AWAY_WAIT_US
+            return Outcome(QUEUED, report.message, run_at=run_at, reason="interrupted",
+                           counts=False)  # fmt: skip
+        if report.end == CRASHED:
+            return self._crashed(job, report.message)
+        if report.end == BROKEN:
+            return Outcome(FAILED, report.message)
+        data, fault = left(plugin, job.data)
+        report = with_fault(report, fault)
+        end, message = report.end, report.message
+        if end in (FAILED, RETRY, TIMEOUT):
+            return self._failed(job, kind, report, data)
+        if end in (DONE, CANCELLED):
+            reason = "" if end == DONE else "asked"
+            return Outcome(end, message, report.result, data, reason=reason)
+        return Outcome(FAILED, message, data=data, reason="" if end == UNFIT else end)
 
     def _failed(
-        self,
-        job: Job,
-        kind: JobType,
-        plugin: UpqJob,
-        message: str,
-        after_s: float | None = None,
+        self, job: Job, kind: JobType, report: Report, data: dict[str, Any] | None
     ) -> Outcome:
         """A failed attempt: the next one if any is left, else the end."""
-        result = None if result_fault(plugin.result) else plugin.result
-        data, fault = left(plugin, job)
-        message = join(message, fault)
         allowed = job.options.get("retries", kind.cfg.retries)
-        if job.attempt > allowed or plugin.cancelled:
-            return Outcome(FAILED, message, result, data)
-        wait_s = kind.retry_wait_s(job.attempt) if after_s is None else after_s
+        if job.attempt > allowed:
+            reason = report.end if report.end == TIMEOUT else ""
+            return Outcome(FAILED, report.message, report.result, data, reason=reason)
+        wait_s = kind.retry_wait_s(job.attempt) if report.after_s is None else report.after_s
         return Outcome(
             QUEUED,
-            message,
-            result,
+            report.message,
+            report.result,
             data,
             run_at=when.now() + round(wait_s * 1e6),
             reason=f"retry {job.attempt} of {allowed}",
         )
+
+    def _crashed(self, job: Job, message: str) -> Outcome:
+        """Its process died: again at once, as after the death of the daemon, and as often."""
+        if crashes_of(job) < CRASH_LIMIT:
+            return Outcome(QUEUED, message, reason="crashed", counts=False, crashed=True)
+        text = f"{message}, as each time of {CRASH_LIMIT}"
+        return Outcome(FAILED, text, reason="crashed", crashed=True)
+
+    def declare(self, job: Job, plugin: UpqJob) -> None:
+        """Tell the end of a job whose thread does not come back. It is not tried again: what still
+        runs there could meet itself.
+        """
+        with logs.job(job.type, job.id):
+            if plugin.ended_by == "timeout":
+                text = f"timed out after {plugin.timeout_s:g} s and could not be stopped"
+                outcome = Outcome(FAILED, text, reason="timeout")
+            else:
+                text = "cancelled, but it could not be stopped"
+                outcome = Outcome(CANCELLED, text, reason="asked")
+            outcome.output, outcome.progress = plugin.captured(), plugin.last_progress
+            log.warning("its thread does not come back: another takes its place")
+            kind = self._types.by_name.get(job.type)
+            then = self._then(job, kind, None, outcome) if kind is not None else []
+            self._end(job, outcome, then, time.monotonic() - GRACE_S - plugin.timeout_s)
 
     # What follows
 
@@ -244,6 +268,9 @@ class Runner:
     def _say_end(self, job: Job, outcome: Outcome, took_s: float) -> None:
         """The one log line of an end, once it is on disk; in any thread."""
         with logs.job(job.type, job.id):
+            if outcome.state == QUEUED and outcome.crashed:
+                log.warning("%s, it will run again", outcome.message)
+                return
             if outcome.state == QUEUED and not outcome.counts:
                 log.info("given back: %s", outcome.reason or outcome.message)
                 return
@@ -258,44 +285,3 @@ def own_copy(data: dict[str, Any]) -> dict[str, Any]:
     if any(isinstance(value, dict | list) for value in data.values()):
         return copy.deepcopy(data)
     return dict(data)
-
-
-def left(plugin: UpqJob, job: Job) -> tuple[dict[str, Any] | None, str]:
-    """The job's data as the attempt left it; None when that is not kept.
-
-    What is no JSON any more is a warning; what is over its limit is a fault, the second value.
-    """
-    if plugin.jobdata == job.data:
-        return job.data, ""
-    try:
-        if isinstance(plugin.jobdata, dict):
-            size = len(encode(plugin.jobdata))
-            if size <= RESULT_LIMIT_BYTES:
-                return plugin.jobdata, ""
-            return None, f"jobdata has {size} bytes, more than {RESULT_LIMIT_BYTES}"
-    except (TypeError, ValueError, RecursionError):
-        pass
-    log.warning("jobdata is no JSON object any more: what this attempt changed in it is not kept")
-    return None, ""
-
-
-def said(plugin: UpqJob) -> str:
-    """The job's message, whatever it has made of it."""
-    return plugin.msgstr if isinstance(plugin.msgstr, str) else str(plugin.msgstr or "")
-
-
-def result_fault(result: Any) -> str:
-    """Why a result cannot be stored; "" when it can."""
-    if result is None:
-        return ""
-    try:
-        size = len(encode(result))
-    except (TypeError, ValueError, RecursionError) as error:
-        return f"the result is no JSON: {error}"
-    if size > RESULT_LIMIT_BYTES:
-        return f"the result has {size} bytes, more than {RESULT_LIMIT_BYTES}"
-    return ""
-
-
-def join(*texts: str) -> str:
-    return " ".join(text for text in texts if text)

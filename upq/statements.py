@@ -190,6 +190,13 @@ def states_of(dialect: str) -> ClauseElement:
     return sa.select(job.c.id, job.c.state).where(job.c.id == r.c.id).with_for_update(of=job)
 
 
+def cancelled_of(dialect: str) -> ClauseElement:
+    """Of these jobs, those that somebody wants to end."""
+    r = over_ids(dialect)
+    asked = sa.select(job.c.id).where(job.c.id == r.c.id, job.c.cancel_asked == 1)
+    return asked.with_for_update(of=job)
+
+
 def dependents_of(dialect: str) -> ClauseElement:
     """Who waits for these jobs; cancelled ones too, they may be queued again."""
     r = over_ids(dialect)
@@ -294,6 +301,7 @@ END_ATTEMPTS = Sql(end_attempts)
 BY_IDEM_KEY = Sql(by_key(job.c.idem_key))
 BY_CHILD_KEY = Sql(by_key(job.c.child_key))
 STATES_OF = Sql(states_of)
+CANCELLED_OF = Sql(cancelled_of)
 DEPENDENTS_OF = Sql(dependents_of)
 LOWER_WAITS = Sql(lower_waits)
 WAITS_OF = Sql(waits_of)
@@ -347,8 +355,15 @@ CANCEL_WAITING = Sql(
     )
     .where(job.c.id == big("id"), job.c.state.in_([QUEUED, BLOCKED]))
 )
+COUNT_CRASH = Sql(sa.update(job).values(crashes=job.c.crashes + 1).where(job.c.id == big("id")))
 ASK_CANCEL = Sql(
     sa.update(job).values(cancel_asked=1).where(job.c.id == big("id"), job.c.state == RUNNING)
+)
+#: What this daemon runs that somebody wants to end.
+ASKED_TO_END = Sql(
+    sa.select(job.c.type, job.c.token).where(
+        job.c.state == RUNNING, job.c.owner == word("owner"), job.c.cancel_asked == 1
+    )
 )
 REOPEN = Sql(
     sa.update(job)

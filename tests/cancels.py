@@ -1,0 +1,172 @@
+"""T17: jobs are cancelled at random while they are queued, start, run and end; then all is counted.
+
+python -m tests.cancels [--jobs N] [--seed N]
+
+Prints a line for each figure with its goal; the exit status is 1 when a goal is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import sys
+import time
+from collections import Counter
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.bench import report
+from tests.daemons import Daemon, until
+from tests.servers import short_folder
+
+#: What a running job may take to end once it was cancelled.
+END_S = 6.0
+
+WORK = """
+def run(self):
+    note("start", self.jobid)
+    how, s = self.jobdata["how"], float(self.jobdata["s"])
+    over = time.monotonic() + s
+    if how == "loop":
+        while time.monotonic() < over:
+            pass
+    elif how == "obeys":
+        if self.cancel_event.wait(s):
+            return False
+    elif how == "fails":
+        self.cancel_event.wait(s)
+        raise ValueError("as it was told")
+    elif how == "sleep":
+        time.sleep(s)
+"""
+CONFIG = """
+[job work]
+concurrent = 4
+retries = 3
+retry_delay = 10ms
+[job apart]
+executor = process
+concurrent = 2
+retries = 3
+retry_delay = 10ms
+[job program]
+command = sleep {s}
+params = s how?
+concurrent = 4
+"""
+FINAL = {"done", "failed", "cancelled", "expired"}
+
+
+class Cancel(NamedTuple):
+    """One cancel and its answer."""
+
+    id: int
+    at_s: float
+    #: What was answered: the state, or an error.
+    said: str
+
+
+class Figures(NamedTuple):
+    jobs: int
+    #: Answers by what they said of the job.
+    said: Counter[str]
+    #: Ids of jobs that did what they must not.
+    not_one_end: list[int]
+    untrue: list[int]
+    started: list[int]
+    slowest_s: float
+
+
+def cancel_all(daemon: Daemon, jobs: int, rng: random.Random) -> Figures:
+    """Submit jobs a few at a time and cancel each at some moment of its life."""
+    cancels: dict[int, Cancel] = {}
+    waiting: list[tuple[float, int]] = []
+    ids: list[int] = []
+    with daemon.talk() as talk:
+        while len(cancels) < jobs:
+            while len(waiting) < 12 and len(ids) < jobs:
+                type = rng.choice(("work", "work", "apart", "program"))
+                how = rng.choice(("loop", "obeys", "fails", "sleep", "nothing"))
+                s = rng.choice((0, 0.001, 0.01, 0.05, 0.2))
+                if rng.random() < 0.1:
+                    s = 1000
+                    how = rng.choice(("loop", "obeys", "fails"))
+                id = int(talk.say(f"{type} how:{how} s:{s}").split()[1])
+                ids.append(id)
+                pause_s = rng.choice((0, rng.uniform(0, 0.01), rng.uniform(0, 0.4)))
+                waiting.append((time.monotonic() + pause_s, id))
+            waiting.sort(reverse=True)
+            at_s, id = waiting.pop()
+            time.sleep(max(at_s - time.monotonic(), 0))
+            asked_s = time.monotonic()
+            reply = talk.say(f"cancel {id}")
+            said = json.loads(reply[3:])["state"] if reply.startswith("OK ") else reply
+            cancels[id] = Cancel(id, asked_s, said)
+    for id in ids:
+        daemon.wait(id)
+    return judge(daemon, cancels)
+
+
+def judge(daemon: Daemon, cancels: dict[int, Cancel]) -> Figures:
+    started = {int(line.split()[1]) for line in daemon.ledger if line.startswith("start ")}
+    not_one_end, untrue, wrongly = [], [], []
+    slowest_s = 0.0
+    said = Counter[str]()
+    for id, one in cancels.items():
+        told = daemon.ask(f"show {id}")
+        state, history = told["job"]["state"], told["history"]
+        states = [event["state"] for event in history]
+        if sum(s in FINAL for s in states) != 1 or states[-1] != state or state not in FINAL:
+            not_one_end.append(id)
+        if one.said == "cancelled":
+            said["queued: cancelled"] += 1
+            if state != "cancelled":
+                untrue.append(id)
+            if "running" not in states and id in started:
+                wrongly.append(id)
+        elif one.said == "running":
+            said[f"running: {state}"] += 1
+            took_s = seconds(told["job"]["ended_at"]) - (time.time() - time.monotonic() + one.at_s)
+            slowest_s = max(slowest_s, took_s)
+        else:
+            said[f"too late: {state}"] += 1
+            if one.said != f"ERR wrong_state job {id} is {state} already":
+                untrue.append(id)
+    return Figures(len(cancels), said, not_one_end, untrue, wrongly, slowest_s)
+
+
+def seconds(iso: str) -> float:
+    return datetime.fromisoformat(iso).timestamp()
+
+
+def run(folder: Path, jobs: int, seed: int) -> Figures:
+    with Daemon(folder, CONFIG, work=WORK, apart=WORK) as daemon:
+        figures = cancel_all(daemon, jobs, random.Random(seed))
+        until(lambda: daemon.ask("status")["jobs"]["running"] == 0)
+        return figures
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--jobs", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6))
+    args = parser.parse_args()
+    folder = short_folder()
+    try:
+        found = run(folder, args.jobs, args.seed)
+    finally:
+        shutil.rmtree(folder)
+    print(f"{found.jobs} cancels, seed {args.seed}: {dict(sorted(found.said.items()))}")
+    report("jobs with no end or with several", str(len(found.not_one_end)), "goal 0")
+    report("replies that were not true", str(len(found.untrue)), "goal 0")
+    report("starts after a cancel", str(len(found.started)), "goal 0")
+    report("longest from cancel to end", f"{found.slowest_s:.2f} s", f"goal {END_S:g} s")
+    bad = found.not_one_end + found.untrue + found.started
+    return int(bool(bad) or found.slowest_s > END_S)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
