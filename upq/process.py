@@ -280,7 +280,7 @@ class ProcessJob(UpqJob):
         return [job.state, job.result, job.msgstr]
 
     def _enqueue(self, jobname: str, params: dict[str, Any], queue: str) -> int:
-        job = self.enqueue_newjob(jobname, params, queue)
+        job = self.enqueue_newjob(jobname, params, queue=queue)
         self._queued[job.jobid] = job
         return job.jobid
 
