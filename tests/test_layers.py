@@ -12,8 +12,8 @@ ROOT = Path(__file__).parent.parent
 
 #: A file of upq/ imports only from floors below its own.
 FLOORS = (
-    "errors job when events clock log systemd",
-    "access params wire",
+    "errors job when events clock log systemd pipes shim trees",
+    "access params wire limits",
     "protocol plugins notify schema client",
     "command migrations",
     "db cli",

@@ -13,13 +13,15 @@ from typing import Any
 
 from upq import when
 from upq.access import Principals
-from upq.command import Lifeline, command_type
+from upq.command import STDOUT, command_type
 from upq.config import JobSettings, Mail, Settings
 from upq.errors import BadParams, Broken, Disabled, Refused, RequestError, UnknownCommand
+from upq.limits import Limits
 from upq.notify import NOTIFY
 from upq.params import suggest
 from upq.plugins import Desk, Loader, UpqJob, blame
 from upq.queue import Lane
+from upq.trees import Lifeline
 
 log = logging.getLogger(__name__)
 
@@ -177,12 +179,27 @@ class JobTypes:
     def _class(self, cfg: JobSettings) -> type[UpqJob]:
         if cfg.command is None:
             return self._loader.load(cfg.name)
+        free = ("int", "float", "choice")
         return command_type(
             cfg.name,
             cfg.command,
-            success_codes=cfg.success_codes,
+            free={p.name for p in cfg.params.params if p.type in free} if cfg.params else (),
+            success_codes=frozenset(cfg.success_codes),
+            retry_codes=frozenset(cfg.retry_codes),
+            abort_codes=frozenset(cfg.abort_codes),
             env=cfg.env,
-            cwd=Path(cfg.cwd) if cfg.cwd else None,
+            cwd=cfg.cwd,
+            stdin=cfg.stdin,
+            limits=Limits(
+                nice=cfg.nice,
+                ionice=cfg.ionice,
+                memory_bytes=cfg.memory_limit_bytes,
+                cpu_s=cfg.cpu_limit_s,
+                file_bytes=cfg.file_limit_bytes,
+                open_files=cfg.open_files,
+            ),
+            progress_on=STDOUT if cfg.progress == "stdout" else cfg.progress_fd,
+            json_result=cfg.result == "json",
             timeout_s=cfg.timeout_s,
             lifeline=self._lifeline,
         )

@@ -111,7 +111,8 @@ class Runner:
             return self._failed(job, kind, plugin, text, after_s=error.after_s)
         except Abort as error:
             text = join(said(plugin), str(error))
-            return Outcome(FAILED, text, data=left(plugin, job)[0], reason="aborted")
+            result = None if result_fault(plugin.result) else plugin.result
+            return Outcome(FAILED, text, result, left(plugin, job)[0], reason="aborted")
         except (Unavailable, Uncertain) as error:
             return self._away(error)
         except RequestError as error:
