@@ -230,7 +230,7 @@ def test_env_adds_what_it_names_and_what_is_filled_in(monkeypatch: pytest.Monkey
     value = "$(id) `id` {x}\n; LD_PRELOAD=/x"
     done = job("env -0", {"token": value}, env=env)
     assert done.run() is True
-    seen = dict(line.split("=", 1) for line in text(done).split("\0")[:-1])
+    seen = dict(line.split("=", 1) for line in text(done).split("\\0")[:-1])
     assert (seen["EDITOR"], seen["TOKEN"]) == ("vi", f"a {value} b")
     assert not {"NO_SUCH", "LEFT_OUT", "UPQ_DB_PASSWORD", "LD_PRELOAD"} & seen.keys()
 
@@ -294,7 +294,7 @@ def test_exit_codes_say_whether_another_attempt_is_made(
 ) -> None:
     done = shell(f"echo why; exit {code}", **facts)
     if final:
-        with pytest.raises(Abort, match="^$"):
+        with pytest.raises(Abort, match=r"^$"):
             done.run()
     else:
         assert done.run() is False
@@ -323,14 +323,12 @@ def test_lines_on_a_chosen_descriptor_are_progress() -> None:
 
 
 def test_lines_in_standard_output_are_progress_and_output() -> None:
-    script = (
-        "echo progress: 1% no >&2; echo progress: 7; echo xprogress: 8%; printf 'progress: 9%%'"
-    )
+    script = "echo progress: 1% no >&2; echo progress: 7; echo xprogress: 8%; printf progress:9%%"
     done, _ = reporting(script, STDOUT)
     assert done.run() is True
     assert done.last_progress == {"done": 9.0, "total": 100.0, "text": ""}
-    assert sorted(text(done).split("\n")) == sorted(
-        ["progress: 1% no", "progress: 7", "xprogress: 8%", "progress: 9%"]
+    assert sorted(filter(None, text(done).split("\n"))) == sorted(
+        ["progress: 1% no", "progress: 7", "xprogress: 8%", "progress:9%"]
     )
 
 

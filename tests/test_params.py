@@ -222,9 +222,9 @@ def test_a_template_is_filled_or_is_none() -> None:
 
 @pytest.mark.parametrize("value", ["..", ".", "", "a/b", "/etc", "../x"])
 def test_a_value_cannot_lead_out_of_a_folder(value: str) -> None:
-    with pytest.raises(BadParams, match="^name: .* is not the name of a folder$"):
+    with pytest.raises(BadParams, match=r"^name: .* is not the name of a folder$"):
         folder("/srv/{name}", {"name": value})
-    with pytest.raises(BadParams, match="^name: .* is not the name of a folder$"):
+    with pytest.raises(BadParams, match=r"^name: .* is not the name of a folder$"):
         folder("{path}/{name}", {"path": "/srv", "name": value})
 
 

@@ -24,7 +24,7 @@ _REPORT = re.compile(
     r"(?:[ \t]+(.*))?"
 )
 #: What a line of JSON begins with; looked at first, because there may be a million lines.
-_JSON_BEGINS = frozenset(bytes([byte]) for byte in b'{["-0123456789tfn')
+_JSON_BEGINS = frozenset(b'{["-0123456789tfn')
 
 
 @contextlib.contextmanager
@@ -128,12 +128,18 @@ class Tail:
 
     def last_json(self) -> tuple[Any] | None:
         """The last line that is JSON, in a tuple, for it may be null; None when there is none."""
-        lines = bytes(self._kept).split(b"\n")
-        for line in reversed(lines[1:] if self._is_cut else lines):
-            if line[:1] not in _JSON_BEGINS:
-                continue
-            with contextlib.suppress(ValueError, RecursionError):
-                return (json.loads(line.decode(), parse_constant=_refuse),)
+        end = len(self._kept)
+        while end >= 0:
+            start = self._kept.rfind(b"\n", 0, end) + 1
+            if (
+                start < end
+                and self._kept[start] in _JSON_BEGINS
+                and not (self._is_cut and not start)
+            ):
+                with contextlib.suppress(ValueError, RecursionError):
+                    line = self._kept[start:end].decode()
+                    return (json.loads(line, parse_constant=_refuse),)
+            end = start - 1
         return None
 
 
