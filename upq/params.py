@@ -260,7 +260,7 @@ def folder(template: str, params: Mapping[str, Any]) -> str | None:
     for name in _names(template)[template.startswith("{") :]:
         value = params.get(name)
         if value is not None and (_as_text(value) in ("", ".", "..") or "/" in _as_text(value)):
-            raise BadParams(f"{name}: {shown(value)} is not the name of a folder")
+            raise BadParams(f"{name}: the value is not the name of a folder")
     return filled(template, params)
 
 
