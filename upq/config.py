@@ -381,7 +381,8 @@ def _fill(cls: type[S], section: str, ini: Ini, /, **more: Any) -> S:
     """An object of a section's class from its items; what cannot be read keeps its default."""
     values = more
     items = dict(ini.sections[section].items)
-    for key, each in declared(cls).items():
+    known = declared(cls)
+    for key, each in known.items():
         item = items.pop(key, None)
         pointer = items.pop(f"{key}_file", None) if each.secret else None
         if pointer and item:
@@ -396,7 +397,7 @@ def _fill(cls: type[S], section: str, ini: Ini, /, **more: Any) -> S:
             assert item  # a default can be read: its declaration did
             ini.fault(item.place, f"{key}: {error}{_slip(item.text)}")
     for key, item in items.items():
-        _judge_other(key, item.place, section, list(declared(cls)), ini)
+        _judge_other(key, item.place, section, list(known), ini)
     return cls(**values)
 
 
