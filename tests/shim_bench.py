@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from upq.limits import Limits, start
+from upq.spawn import Limits, start
 
 ROUNDS = 100
 

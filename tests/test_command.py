@@ -22,7 +22,7 @@ from tests.jobkit import FakeDesk
 from upq import params, trees
 from upq.command import STDOUT, CommandJob, command_type
 from upq.errors import Abort, BadParams
-from upq.limits import Limits
+from upq.spawn import Limits
 from upq.trees import Lifeline, Tree, end_orphans
 
 #: 1024 for the whole of test T16.

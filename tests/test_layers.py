@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 #: A file of upq/ imports only from floors below its own.
 FLOORS = (
     "errors job when events clock log systemd pipes shim trees",
-    "access params wire limits",
+    "access params wire spawn",
     "protocol plugins notify schema client",
     "command migrations",
     "db cli",

@@ -15,7 +15,7 @@ from typing import IO, Any, cast
 from upq import params
 from upq.errors import Abort
 from upq.job import RESULT_LIMIT_BYTES
-from upq.limits import Limits, pipe, start
+from upq.spawn import Limits, pipe, start
 from upq.log import one_line
 from upq.pipes import Reports, Sink, Tail, Watch, closing
 from upq.plugins import UpqJob

@@ -16,7 +16,7 @@ from upq.access import Principals
 from upq.command import STDOUT, command_type
 from upq.config import JobSettings, Mail, Settings
 from upq.errors import BadParams, Broken, Disabled, Refused, RequestError, UnknownCommand
-from upq.limits import Limits
+from upq.spawn import Limits
 from upq.notify import NOTIFY
 from upq.params import suggest
 from upq.plugins import Desk, Loader, UpqJob, blame

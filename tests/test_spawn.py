@@ -13,7 +13,7 @@ import pytest
 
 from tests.test_command import shell, text
 from upq.command import CommandJob, command_type
-from upq.limits import OOM_SCORE, Limits
+from upq.spawn import OOM_SCORE, Limits
 
 
 def limited(script: str, *args: str, **limits: Any) -> CommandJob:
