@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -15,10 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import create_engine
 
-from upq import command, params
-from upq.command import CommandJob, Lifeline, command_type, end_orphans, living_groups
-from upq.errors import BadParams
+from tests.jobkit import FakeDesk
+from upq import params, trees
+from upq.command import STDOUT, CommandJob, command_type
+from upq.errors import Abort, BadParams
+from upq.spawn import Limits
+from upq.trees import Lifeline, Tree, end_orphans
 
 #: 1024 for the whole of test T16.
 OUTPUT_MIB = int(os.environ.get("UPQ_TEST_OUTPUT_MIB", "256"))
@@ -136,7 +141,7 @@ def test_a_program_that_may_not_be_run_is_named(tmp_path: Path) -> None:
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    done = job("true", cwd=tmp_path / "gone")
+    done = job("true", cwd=f"{tmp_path}/gone")
     assert done.run() is False
     assert done.msgstr == f"cannot start true: No such file or directory: {tmp_path}/gone"
 
@@ -213,9 +218,51 @@ def test_no_descriptor_of_the_daemon_reaches_the_command(tmp_path: Path) -> None
 
 
 def test_standard_input_is_empty_and_the_folder_is_the_configured_one(tmp_path: Path) -> None:
-    done = shell("cat; pwd", cwd=tmp_path)
+    done = shell("cat; pwd", cwd=str(tmp_path))
     assert done.run() is True
     assert text(done) == f"{tmp_path}\n"
+
+
+def test_env_adds_what_it_names_and_what_is_filled_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UPQ_DB_PASSWORD", "secret")
+    monkeypatch.setenv("EDITOR", "vi")
+    env = {"EDITOR": None, "NO_SUCH": None, "TOKEN": "a {token} b", "LEFT_OUT": "{more}"}
+    value = "$(id) `id` {x}\n; LD_PRELOAD=/x"
+    done = job("env -0", {"token": value}, env=env)
+    assert done.run() is True
+    seen = dict(line.split("=", 1) for line in text(done).split("\\0")[:-1])
+    assert (seen["EDITOR"], seen["TOKEN"]) == ("vi", f"a {value} b")
+    assert not {"NO_SUCH", "LEFT_OUT", "UPQ_DB_PASSWORD", "LD_PRELOAD"} & seen.keys()
+
+
+@pytest.mark.parametrize("name", ["stdin", "env", "cwd"])
+def test_a_nul_is_refused_wherever_it_would_go(name: str) -> None:
+    fact: Any = {"A": "{a}"} if name == "env" else "{a}"
+    refused = job("true", {"a": "/\0"}, **{name: fact})
+    with pytest.raises(BadParams, match="a: holds a NUL"):
+        refused.check()
+    with pytest.raises(BadParams, match="a: holds a NUL"):
+        refused.run()
+
+
+def test_standard_input_is_what_is_filled_in() -> None:
+    long = "äöü\n" * 300_000  # more than any pipe holds
+    done = job("sha256sum", {"text": long}, stdin="<{text}>")
+    assert done.run() is True
+    assert text(done).split()[0] == hashlib.sha256(f"<{long}>".encode()).hexdigest()
+
+
+def test_standard_input_is_empty_when_its_parameter_is_not_given() -> None:
+    done = job("cat", {}, stdin="{text}")
+    assert (done.run(), text(done)) == (True, "")
+
+
+def test_the_folder_may_be_a_parameter(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    done = job("pwd", {"name": "one"}, cwd=f"{tmp_path}/{{name}}")
+    assert (done.run(), text(done)) == (True, f"{tmp_path}/one\n")
+    with pytest.raises(BadParams, match="name"):
+        job("pwd", {"name": ".."}, cwd=f"{tmp_path}/{{name}}").check()
 
 
 def test_our_own_descriptors_are_closed_after_a_run() -> None:
@@ -223,7 +270,90 @@ def test_our_own_descriptors_are_closed_after_a_run() -> None:
     before = os.listdir("/proc/self/fd")
     job("true").run()
     job("no-such-program").run()
+    job("cat", {"a": "x"}, stdin="{a}", limits=Limits(nice=1), progress_on=3).run()
+    job("no-such-program", limits=Limits(nice=1), progress_on=3).run()
+    job("true", json_result=True, progress_on=STDOUT).run()
     assert os.listdir("/proc/self/fd") == before
+
+
+# Exit codes and what they mean, progress, the result.
+
+
+@pytest.mark.parametrize(
+    ("code", "facts", "final"),
+    [
+        (1, {}, False),
+        (64, {"abort_codes": (64, 65)}, True),
+        (1, {"abort_codes": (64, 65)}, False),
+        (75, {"retry_codes": (75,)}, False),
+        (1, {"retry_codes": (75,)}, True),
+    ],
+)
+def test_exit_codes_say_whether_another_attempt_is_made(
+    code: int, facts: dict[str, Any], final: bool
+) -> None:
+    done = shell(f"echo why; exit {code}", **facts)
+    if final:
+        with pytest.raises(Abort, match=r"^$"):
+            done.run()
+    else:
+        assert done.run() is False
+    assert (done.result, done.msgstr) == ({"exit_code": code}, f"sh exited with {code}: why")
+
+
+def test_a_signal_and_a_timeout_are_tried_again_whatever_the_codes() -> None:
+    assert shell("kill -9 $$", retry_codes=(75,)).run() is False
+    assert shell("sleep 99", retry_codes=(75,), timeout_s=0.1).run() is False
+
+
+def reporting(script: str, on: int, **facts: Any) -> tuple[CommandJob, list[dict[str, Any]]]:
+    desk: Any = FakeDesk(create_engine("sqlite://"))
+    made = command_type("cmd", ("sh", "-c", script), progress_on=on, **facts)
+    running = made("cmd", {}, jobid=17, desk=desk)
+    return running, desk.progressed
+
+
+def test_lines_on_a_chosen_descriptor_are_progress() -> None:
+    script = "echo out; echo progress: 40% half of it >&3; sleep 0.6; echo progress: 3/4 >&3"
+    done, progressed = reporting(script, 3)
+    assert done.run() is True
+    assert progressed[0] == {"done": 40.0, "total": 100.0, "text": "half of it"}
+    assert done.last_progress == {"done": 3.0, "total": 4.0, "text": ""}
+    assert text(done) == "out\n"
+
+
+def test_lines_in_standard_output_are_progress_and_output() -> None:
+    script = "echo progress: 1% no >&2; echo progress: 7; echo xprogress: 8%; printf progress:9%%"
+    done, _ = reporting(script, STDOUT)
+    assert done.run() is True
+    assert done.last_progress == {"done": 9.0, "total": 100.0, "text": ""}
+    for line in "progress: 1% no", "progress: 7", "xprogress: 8%", "progress:9%":
+        assert line in text(done)
+
+
+def test_a_flood_of_reports_is_stored_now_and_then() -> None:
+    done, progressed = reporting("seq -f 'progress: %.0f/100000 text' 100000", STDOUT)
+    assert done.run() is True
+    assert done.last_progress == {"done": 100_000, "total": 100_000, "text": "text"}
+    assert len(progressed) < 20
+
+
+def test_the_last_line_of_json_is_the_result() -> None:
+    script = """echo '{"a": 1}'; echo '{"n": [1, null], "t": "ä"}'; echo bye; echo '{"b"' >&2"""
+    done = shell(script, json_result=True)
+    assert done.run() is True
+    assert done.result == {"n": [1, None], "t": "ä"}
+    assert "bye\n" in text(done) and '{"b"' in text(done)
+    done = shell("echo null", json_result=True)
+    assert (done.run(), done.result) == (True, None)
+
+
+def test_without_json_the_result_is_the_exit_code_and_the_message_says_so() -> None:
+    done = shell("echo NaN", json_result=True)
+    assert done.run() is True
+    assert (done.result, done.msgstr) == ({"exit_code": 0}, "no line of JSON in its output")
+    done = shell("echo '{}'; exit 1", json_result=True)
+    assert (done.run(), done.result) == (False, {"exit_code": 1})
 
 
 # Output.
@@ -235,19 +365,20 @@ def test_output_and_errors_come_in_the_order_they_were_written() -> None:
     assert text(done) == "one\ntwo\nthree\n"
 
 
+@pytest.mark.parametrize("facts", [{}, {"json_result": True, "progress_on": STDOUT}], ids=str)
 @pytest.mark.parametrize(
     "script",
     [
-        "head -c $0 /dev/zero; head -c $0 /dev/zero >&2; echo the end",
-        "yes | head -c $0; yes | head -c $0 >&2; echo the end",
+        "head -c $0 /dev/zero; head -c $0 /dev/zero >&2; echo the end >&2",
+        "yes | head -c $0; yes | head -c $0 >&2; echo the end >&2",
     ],
     ids=["one binary line", "many lines"],
 )
-def test_huge_output_is_drained_within_bounds(script: str) -> None:
+def test_huge_output_is_drained_within_bounds(script: str, facts: dict[str, Any]) -> None:
     Path("/proc/self/clear_refs").write_text("5")
     before_kib = peak_kib()
     started_s = time.monotonic()
-    done = shell(script, str(OUTPUT_MIB // 2 * MIB))
+    done = shell(script, str(OUTPUT_MIB // 2 * MIB), **facts)
     assert done.run() is True
     assert time.monotonic() - started_s < 10
     assert peak_kib() - before_kib < 32 * 1024
@@ -398,7 +529,7 @@ def test_what_cannot_be_ended_is_given_up_and_said(
     done = shell("echo $$ >> $0; exec sleep 999", str(pids), timeout_s=0.5, grace_s=0.1)
     done.token = token
     with monkeypatch.context() as out_of_reach:
-        out_of_reach.setattr(command, "_signal_groups", lambda *_: None)
+        out_of_reach.setattr(trees, "signal_groups", lambda *_: None)
         assert done.run() is False
     assert done.msgstr == "timed out after 0.5 s; sh could not be ended"
     assert is_running(*pids_in(pids, 1))
@@ -408,7 +539,8 @@ def test_what_cannot_be_ended_is_given_up_and_said(
 
 DAEMON = """
 import sys
-from upq.command import Lifeline, command_type
+from upq.command import command_type
+from upq.trees import Lifeline
 job = command_type("cmd", tuple(sys.argv[3:]), lifeline=Lifeline(0.5) if sys.argv[1] else None)
 running = job("cmd", {})
 running.token = int(sys.argv[2])
@@ -449,12 +581,12 @@ def test_looking_for_no_token_ends_nothing(token: int) -> None:
         assert end_orphans(set()) == 0
         assert end_orphans({token + 1}) == 0
         assert is_running(other.pid)
-        assert living_groups({token}) == {other.pid}
+        assert Tree({token}).groups() == {other.pid}
         other.kill()
 
 
 def test_our_own_group_is_spared(token: int) -> None:
-    code = f"from upq.command import end_orphans; print(end_orphans({{{token}}}))"
+    code = f"from upq.trees import end_orphans; print(end_orphans({{{token}}}))"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={"UPQ_JOB_TOKEN": str(token)},

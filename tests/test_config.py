@@ -141,8 +141,19 @@ def test_every_setting_of_a_job_is_read(job: Callable[..., JobSettings], tmp_pat
         command = resize --pin={pin}
             {path} {size}
         success_codes = 0, 2
-        env = LANG=C  GREETING="two words"
-        cwd = work
+        retry_codes = 75
+        abort_codes = 64,65
+        result = json
+        progress_fd = 3
+        stdin = a {{pin}}: {pin}
+        env = LANG=C  GREETING="two words" TZ PIN={pin}
+        cwd = work/{pin}
+        nice = 10
+        ionice = best-effort:7
+        memory_limit = 1G
+        cpu_limit = 1m
+        file_limit = 512K
+        open_files = 64
         priority = high
         submit = root, @root
         output_limit = 64K
@@ -164,8 +175,19 @@ def test_every_setting_of_a_job_is_read(job: Callable[..., JobSettings], tmp_pat
         params=ParamSpec((Param("path", "path"), Param("pin"), Param("size", "int", (), False, 1))),
         command=("resize", "--pin={pin}", "{path}", "{size}"),
         success_codes=(0, 2),
-        env={"LANG": "C", "GREETING": "two words"},
-        cwd=f"{tmp_path}/work",
+        retry_codes=(75,),
+        abort_codes=(64, 65),
+        result="json",
+        progress_fd=3,
+        stdin="a {{pin}}: {pin}",
+        env={"LANG": "C", "GREETING": "two words", "TZ": None, "PIN": "{pin}"},
+        cwd=f"{tmp_path}/work/{{pin}}",
+        nice=10,
+        ionice="best-effort:7",
+        memory_limit_bytes=1 << 30,
+        cpu_limit_s=60,
+        file_limit_bytes=512 << 10,
+        open_files=64,
         priority=10,
         submit=("root", "@root"),
         output_limit_bytes=65536,
@@ -180,6 +202,9 @@ def test_a_command_without_params_takes_the_text_of_its_placeholders(
 ) -> None:
     assert job("command = cp {a} {b} {a}").params == ParamSpec((Param("a"), Param("b")))
     assert job("command = true").params == ParamSpec()
+    settings = job("command = cp {a}\nstdin = {b} {a}\ncwd = {c}\nenv = X={d}")
+    assert settings.params == ParamSpec((Param("a"), Param("b"), Param("d"), Param("c", "path")))
+    assert settings.cwd == "{c}"
     assert job("").params is None
 
 
@@ -466,6 +491,8 @@ def test_without_a_password_anybody_may_read_the_file(write: Callable[..., None]
         ("[job a]\nsubmit = @no-such", "2: submit: @no-such is not known on this machine"),
         ("[job a]\nnotify_fail = syslog", "2: nobody is told: no job type notify is enabled"),
         ("[job a]\nsubjobs = b\n[job b]\nenabled = no", "2: subjobs: [job b] is not enabled"),
+        ("[job a]\ncwd = /tmp", "2: cwd: means nothing without command"),
+        ("[job a]\ncommand = x\nretry_codes = 75", "3: retry_codes: nothing is tried again"),
         ("[job a]", "1: [job a] is disabled: no a.py in jobs_dir"),
     ],
 )
@@ -590,7 +617,8 @@ FAULTS = [
     ("[job a]\npriority = hihg", 2, "priority: 'hihg' is not high, default, low or a whole number"),
     ("[job a]\noutput_limit = 1X", 2, "output_limit: '1X' is not a size"),
     ("[job a]\nsuccess_codes = 0 256", 2, "success_codes: 256 is not between 0 and 255"),
-    ("[job a]\nenv = LANG", 2, "env: 'LANG' is not NAME=value"),
+    ("[job a]\nenv = L-A", 2, "env: 'L-A' is not NAME or NAME=value"),
+    ("[job a]\nenv = UPQ_JOB_TOKEN=1", 2, "env: UPQ_JOB_TOKEN is set by upq itself"),
     ("[job a]\nenv = A='b", 2, "env: No closing quotation"),
     ("[job a]\nsubmit = a;b", 2, "submit: 'a;b' is not a user, @group or *"),
     (
@@ -639,6 +667,32 @@ FAULTS = [
         "[job a]\nparams = path:path\ncommand = cat {paht}",
         3,
         "command: no parameter 'paht' (did you mean path?)",
+    ),
+    ("[job a]\nparams = a\ncommand = x\nstdin = {b}", 4, "stdin: no parameter 'b'"),
+    ("[job a]\nparams = a\ncommand = x\nenv = TOKEN={b}", 4, "env: no parameter 'b'"),
+    ("[job a]\nparams = a\ncommand = x\ncwd = /srv/{b}", 4, "cwd: no parameter 'b'"),
+    ("[job a]\nparams = a\ncommand = x\ncwd = {a}", 4, "cwd: begins with {a}, which has to be a"),
+    ("[job a]\ncommand = x {a}\nstdin = a", 3, "stdin: write {a} for the value of the parameter"),
+    ("[job a]\ncommand = x\nstdin = {", 3, "stdin: '{' has a lone brace"),
+    ("[job a]\ncommand = x\nenv = A={", 3, "env: '{' has a lone brace"),
+    ("[job a]\nparams = n:int=many", 2, "params: n: the default 'many' is not a whole number"),
+    ("[job a]\ncommand = x\nretry_codes = 0", 3, "retry_codes: 0 is in success_codes, too"),
+    (
+        "[job a]\ncommand = x\nretry_codes = 7\nretries = 1\nabort_codes = 64,7",
+        5,
+        "abort_codes: 7 is in retry_codes, too",
+    ),
+    ("[job a]\ncommand = x\nabort_codes = 256", 3, "abort_codes: 256 is not between 0 and 255"),
+    ("[job a]\ncommand = x\nnice = -5", 3, "nice: -5 is not between 0 and 19"),
+    ("[job a]\ncommand = x\nionice = realtime", 3, "ionice: 'realtime' is not idle, best-effort"),
+    ("[job a]\ncommand = x\nmemory_limit = 100K", 3, "memory_limit: '100K' can never be met"),
+    ("[job a]\ncommand = x\ncpu_limit = 1ms", 3, "cpu_limit: '1ms' can never be met"),
+    ("[job a]\ncommand = x\nopen_files = 3", 3, "open_files: 3 is not between 8 and"),
+    ("[job a]\ncommand = x\nprogress_fd = 2", 3, "progress_fd: 2 is not between 3 and 9"),
+    (
+        "[job a]\ncommand = x\nprogress = stdout\nprogress_fd = 3",
+        4,
+        "progress_fd: progress = stdout is given, too",
     ),
     ("[job a]\nparams = pin\nsecret = pni", 3, "secret: no parameter 'pni' (did you mean pin?)"),
     # Notifications

@@ -12,8 +12,8 @@ ROOT = Path(__file__).parent.parent
 
 #: A file of upq/ imports only from floors below its own.
 FLOORS = (
-    "errors job when events clock log systemd interrupt",
-    "access params wire gates rates",
+    "errors job when events clock log systemd interrupt pipes shim trees",
+    "access params wire gates rates spawn",
     "protocol plugins notify schema client draws",
     "command keeper migrations",
     "db cli",

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from upq.errors import BadParams
-from upq.params import ParamSpec, argv, placeholders, split_command, suggest
+from upq.params import ParamSpec, argv, filled, folder, names_in, split_command, suggest
 
 
 def check(declaration: str, **params: Any) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def test_only_what_looks_alike_is_suggested() -> None:
 
 
 def test_placeholders_are_named_once_in_their_order() -> None:
-    assert placeholders("cp --mode={mode} {b} '{a} {{no}}' {b}") == ["mode", "b", "a"]
+    assert names_in("cp --mode={mode} {b} '{a} {{no}}' {b}") == ["mode", "b", "a"]
 
 
 @pytest.mark.parametrize(
@@ -205,6 +205,33 @@ def test_a_value_may_begin_with_a_dash_where_it_cannot_be_an_option(
     command: str, last: str
 ) -> None:
     assert argv(split_command(command), {"a": "-rf"})[-1] == last
+
+
+def test_a_value_of_a_type_that_allows_it_may_begin_with_a_dash() -> None:
+    words = split_command("resize {a} {b}")
+    assert argv(words, {"a": -5, "b": "x"}, {"a"}) == ["resize", "-5", "x"]
+    with pytest.raises(BadParams, match=r"^b: a value that begins with '-'"):
+        argv(words, {"a": -5, "b": "-x"}, {"a"})
+
+
+def test_a_template_is_filled_or_is_none() -> None:
+    assert filled("{{a}} = {a}, {b}", {"a": "x y", "b": 2}) == "{a} = x y, 2"
+    assert filled("{a} {b}", {"a": "x"}) is None
+    assert filled("", {}) == ""
+
+
+@pytest.mark.parametrize("value", ["..", ".", "", "a/b", "/etc", "../x"])
+def test_a_value_cannot_lead_out_of_a_folder(value: str) -> None:
+    with pytest.raises(BadParams, match=r"^name: .* is not the name of a folder$"):
+        folder("/srv/{name}", {"name": value})
+    with pytest.raises(BadParams, match=r"^name: .* is not the name of a folder$"):
+        folder("{path}/{name}", {"path": "/srv", "name": value})
+
+
+def test_a_folder_may_be_a_path_that_is_given() -> None:
+    assert folder("/srv/{name}", {"name": "..a"}) == "/srv/..a"
+    assert folder("{path}", {"path": "/srv/a"}) == "/srv/a"
+    assert folder("/srv", {}) == "/srv"
 
 
 def test_a_nul_is_refused() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as some
 
 from upq import UpqJob
 from upq.errors import Broken, UpqError
-from upq.plugins import MESSAGE_LIMIT, Clipped, Loader, blame, follow_up
+from upq.plugins import MESSAGE_LIMIT, Clipped, Loader, blame, follow_up, readable
 
 JOB = "from upq import UpqJob\n\n\nclass Good(UpqJob):\n    pass\n"
 MIB = 1 << 20
@@ -254,14 +254,26 @@ def test_output_is_clipped_wherever_it_is_cut(parts: list[str], limit: int) -> N
     half = limit // 2
     assert kept is not None
     assert kept.size_bytes == len(whole)
-    assert kept.truncated == (len(whole) > 2 * half)
+    as_text = whole.decode().replace("\0", "\\0")
+    assert kept.truncated == (len(as_text.encode()) > 2 * half)
     if not kept.truncated:
-        assert kept.text == whole.decode()
+        assert kept.text == as_text
     else:
-        head = whole[:half].decode(errors="replace")
-        tail = whole[-half:].decode(errors="replace")
-        left_out = len(whole) - 2 * half
-        assert kept.text == f"{head}\n[... {left_out} bytes left out ...]\n{tail}"
+        head, tail = readable(whole[:half])[:half], readable(whole[half:][-half:])[-half:]
+        left_out = max(len(whole) - 2 * half, 0) or "some"
+        gap = f"\n[... {left_out} bytes left out ...]\n"
+        assert kept.text == head.decode(errors="ignore") + gap + tail.decode(errors="ignore")
+
+
+def test_binary_output_is_not_longer_as_text_than_its_limit_allows() -> None:
+    for byte in b"\0", b"\xff":
+        out = Clipped(1000)
+        out.write_bytes(byte * 900)
+        kept = out.kept()
+        assert kept is not None
+        assert (kept.size_bytes, kept.truncated) == (900, True)
+        assert len(kept.text.encode()) < 1050
+        assert "\0" not in kept.text
 
 
 def test_output_that_is_no_text_is_kept_readable() -> None:

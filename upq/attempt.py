@@ -61,7 +61,7 @@ def perform(plugin: UpqJob, file: Path, checks: bool) -> Report:
     except Retry as error:
         return Report(RETRY, join(said(plugin), str(error)), sound_result(plugin), error.after_s)
     except Abort as error:
-        return Report(ABORTED, join(said(plugin), str(error)))
+        return Report(ABORTED, join(said(plugin), str(error)), sound_result(plugin))
     except (Unavailable, Uncertain) as error:
         return Report(AWAY, one_line(error))
     except RequestError as error:

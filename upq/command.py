@@ -1,49 +1,43 @@
-"""Command jobs: a line in the ini file in place of a class; never through a shell.
-
-Also what ends commands that nobody waits for any more: `Lifeline` when the daemon dies, and
-`end_orphans` at the next start.
-"""
+"""Command jobs: a line in the ini file in place of a class; no value ever meets a shell."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import os
-import select
 import signal
 import subprocess
-import sys
 import threading
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from pathlib import Path, PurePath
-from typing import IO, cast
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import PurePath
+from typing import IO, Any, cast
 
 from upq import params
+from upq.errors import Abort
+from upq.job import RESULT_LIMIT_BYTES
 from upq.log import one_line
-from upq.plugins import Clipped, UpqJob
+from upq.pipes import Reports, Sink, Tail, Watch, closing
+from upq.plugins import UpqJob
+from upq.spawn import Limits, pipe, start
+from upq.trees import GRACE_S, KILL_WAIT_S, TICK_S, TOKEN, Lifeline, Tree, signal_groups
 
-#: What a command sees of the daemon's environment, besides LC_*.
+#: What a command sees of the daemon's environment, besides LC_* and what `env` names.
 PASSED = frozenset(("PATH", "HOME", "LANG", "TZ", "TMPDIR"))
-#: The variable that tells which claim a process works for; its children inherit it.
-TOKEN = "UPQ_JOB_TOKEN"
-GRACE_S = 5.0
+#: Where reports of progress are read: not at all, in standard output, or on a descriptor (3 to 9).
+NOWHERE, STDOUT = 0, 1
 
 #: How long the output of a command that has ended may stay open: a grandchild may hold it.
 _EOF_WAIT_S = 2.0
-#: How long a killed process may take to go.
-_KILL_WAIT_S = 1.0
-_TICK_S = 0.05
-#: What a pipe holds.
-_READ_BYTES = 1 << 16
 _LAST_LINE_CHARS = 200
 
-log = logging.getLogger(__name__)
+
+Popen = subprocess.Popen[bytes]
+#: What is read, and where to.
+Pipes = dict[int, Sink]
 
 
 class CommandJob(UpqJob):
-    """Runs one program in a process group of its own and waits for it; see `command_type`.
+    """Runs one program in a session of its own and waits for it; see `command_type`.
 
     Success is an exit code out of `success_codes`; the result is `{"exit_code": n}`, negative for
     a signal. Standard output and errors go to the job's output. What a command that ended by
@@ -51,9 +45,22 @@ class CommandJob(UpqJob):
     """
 
     words: tuple[str, ...] = ()
+    #: Parameters whose values may begin with "-".
+    free: Collection[str] = ()
     success_codes: Collection[int] = (0,)
-    env: Mapping[str, str] | None = None
-    cwd: Path | None = None
+    #: When given, only these exit codes are tried again.
+    retry_codes: Collection[int] = ()
+    #: These are never tried again.
+    abort_codes: Collection[int] = ()
+    #: Templates by name; None passes the daemon's own on.
+    env: Mapping[str, str | None] | None = None
+    #: A template, as is `stdin`; "" for none.
+    cwd: str = ""
+    stdin: str = ""
+    limits: Limits = Limits()
+    progress_on: int = NOWHERE
+    #: The last line of JSON in standard output is the result.
+    json_result: bool = False
     #: 0 for no limit.
     timeout_s: float = 0.0
     #: From TERM to KILL.
@@ -65,29 +72,36 @@ class CommandJob(UpqJob):
 
     _wake: int | None = None
     _wake_lock = threading.Lock()
+    _tail: Tail | None = None
 
     def check(self) -> bool:
-        """Raises BadParams when the parameters do not make a command line."""
-        params.argv(self.words, self.jobdata)
+        """Raises BadParams when the parameters do not make a command."""
+        self._argv()
+        self._environment()
+        params.folder(self.cwd, self.jobdata)
+        params.filled(self.stdin, self.jobdata)
         return True
 
     def run(self) -> bool:
-        argv = params.argv(self.words, self.jobdata)
+        """Raises Abort when the exit code says that another attempt would do no good."""
+        self.check()
+        argv = self._argv()
         if self.cancelled:
             self.ended_by = "cancel"
             self.msg("cancelled")
             return False
-        with self.lifeline.guard(self.token) if self.lifeline else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if self.lifeline:
+                stack.enter_context(self.lifeline.guard(self.token))
             try:
-                process = self._start(argv)
+                process, pipes = self._start(argv, stack)
             except (OSError, ValueError) as error:
                 self.msg(_start_fault(argv[0], error))
                 return False
             try:
-                with cast("IO[bytes]", process.stdout) as pipe:
-                    self._follow(process.pid, pipe.fileno())
+                self._follow(process.pid, pipes)
             except BaseException:
-                _signal_groups({process.pid}, signal.SIGKILL)
+                signal_groups({process.pid}, signal.SIGKILL)
                 process.wait()
                 raise
         return self._judge(PurePath(argv[0]).name, process.poll())
@@ -99,17 +113,10 @@ class CommandJob(UpqJob):
             if self._wake is not None:
                 os.eventfd_write(self._wake, 1)
 
-    def _start(self, argv: list[str]) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            bufsize=0,
-            cwd=self.cwd,
-            env=self._environment(),
-            start_new_session=True,
-        )
+    # The start
+
+    def _argv(self) -> list[str]:
+        return params.argv(self.words, self.jobdata, self.free)
 
     def _environment(self) -> dict[str, str]:
         passed = {
@@ -117,8 +124,63 @@ class CommandJob(UpqJob):
             for name, value in os.environ.items()
             if name in PASSED or name.startswith("LC_")
         }
+        for name, template in (self.env or {}).items():
+            if template is None:
+                value = os.environ.get(name)
+            else:
+                value = params.filled(template, self.jobdata)
+            if value is not None:
+                passed[name] = value
         own = {"UPQ_JOB_ID": str(self.jobid), "UPQ_JOB_TYPE": self.jobname, TOKEN: str(self.token)}
-        return {"PATH": os.defpath, **passed, **(self.env or {}), **own}
+        return {"PATH": os.defpath, **passed, **own}
+
+    def _start(self, argv: list[str], stack: contextlib.ExitStack) -> tuple[Popen, Pipes]:
+        """The process, and what is read of it until the stack is closed."""
+        pipes: Pipes = {}
+        reads_stdout = self.json_result or self.progress_on == STDOUT
+        give = {}
+        with contextlib.ExitStack() as theirs:
+            if self.progress_on > STDOUT:
+                reports, give[self.progress_on] = pipe()
+                stack.callback(os.close, reports)
+                theirs.callback(os.close, give[self.progress_on])
+                pipes[reports] = self._reports(stack)
+            process = start(
+                argv,
+                self.limits,
+                give,
+                stdin=theirs.enter_context(_as_file(params.filled(self.stdin, self.jobdata))),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE if reads_stdout else subprocess.STDOUT,
+                bufsize=0,
+                cwd=params.folder(self.cwd, self.jobdata) or None,
+                env=self._environment(),
+            )
+        out, err = cast("IO[bytes]", process.stdout), process.stderr
+        pipes[stack.enter_context(out).fileno()] = self._sink(stack)
+        if err:
+            pipes[stack.enter_context(err).fileno()] = self.capture().write_bytes
+        return process, pipes
+
+    def _sink(self, stack: contextlib.ExitStack) -> Sink:
+        """Where standard output goes."""
+        sinks: list[Sink] = [self.capture().write_bytes]
+        if self.progress_on == STDOUT:
+            sinks.append(self._reports(stack))
+        if self.json_result:
+            self._tail = Tail(RESULT_LIMIT_BYTES)
+            sinks.append(self._tail)
+
+        def all_(data: bytes) -> None:
+            for sink in sinks:
+                sink(data)
+
+        return sinks[0] if len(sinks) == 1 else all_
+
+    def _reports(self, stack: contextlib.ExitStack) -> Sink:
+        reports = Reports(self.progress)
+        stack.callback(reports.end)
+        return reports
 
     @contextlib.contextmanager
     def _waking(self) -> Iterator[int]:
@@ -135,31 +197,31 @@ class CommandJob(UpqJob):
                 self._wake = None
                 os.close(wake)
 
-    def _follow(self, pid: int, pipe: int) -> None:
+    # The end
+
+    def _follow(self, pid: int, pipes: Pipes) -> None:
         """Copy the output until the process has ended, by itself or by us.
 
         Waits for the process, not for the end of its output.
         """
-        with self._waking() as wake, _closing(os.pidfd_open(pid)) as exit_:
-            watch = Watch(pipe, self.capture(), exit_, wake)
+        with self._waking() as wake, closing(os.pidfd_open(pid)) as exit_:
+            watch = Watch(pipes, exit_, wake)
             watch.until(lambda: bool(watch.ready & {exit_, wake}), self.timeout_s or math.inf)
             if exit_ not in watch.ready:
                 self.ended_by = "cancel" if wake in watch.ready else "timeout"
                 self._end(pid, watch, exit_)
             if exit_ in watch.ready:
-                watch.until(lambda: pipe in watch.ready, _EOF_WAIT_S)
+                watch.until(lambda: watch.drained, _EOF_WAIT_S)
 
     def _end(self, pid: int, watch: Watch, exit_: int) -> None:
-        """End the process, its group and what has left the group.
+        """End the process, and all that it has started.
 
-        The process is not reaped yet, so the group's number cannot have passed to another.
+        The process is not reaped yet, so its number cannot have passed to another.
         """
-        tokens = {self.token} - {0}
-        for signum, wait_s in ((signal.SIGTERM, self.grace_s), (signal.SIGKILL, _KILL_WAIT_S)):
-            _signal_groups({pid} | living_groups(tokens), signum)
-            if watch.until(
-                lambda: exit_ in watch.ready and not living_groups(tokens, pid), wait_s, _TICK_S
-            ):
+        tree = Tree({self.token} - {0}, pid)
+        for signum, wait_s in ((signal.SIGTERM, self.grace_s), (signal.SIGKILL, KILL_WAIT_S)):
+            tree.signal(signum)
+            if watch.until(lambda: exit_ in watch.ready and not tree.groups(), wait_s, TICK_S):
                 return
 
     def _judge(self, program: str, code: int | None) -> bool:
@@ -170,11 +232,35 @@ class CommandJob(UpqJob):
             if code is None:
                 self.msg(f"; {program} could not be ended")
             return False
+        code = code or 0
         if code in self.success_codes:
+            self._take_result()
             return True
         last_line = self._last_line()
-        self.msg(f"{program} {_ending(code or 0)}" + (f": {last_line}" if last_line else ""))
+        self.msg(f"{program} {self._ending(code)}" + (f": {last_line}" if last_line else ""))
+        final = code in self.abort_codes or (self.retry_codes and code not in self.retry_codes)
+        if final and code > 0:
+            raise Abort
         return False
+
+    def _take_result(self) -> None:
+        if self._tail is None:
+            return
+        found = self._tail.last_json()
+        if found is None:
+            self.msg("no line of JSON in its output")
+        else:
+            (self.result,) = found
+
+    def _ending(self, code: int) -> str:
+        if code >= 0:
+            return f"exited with {code}"
+        try:
+            name = signal.Signals(-code).name
+        except ValueError:
+            return f"was killed by signal {-code}"
+        limit = {"SIGXCPU": "cpu_limit", "SIGXFSZ": "file_limit"}.get(name, "")
+        return f"was killed by {name}" + (f" ({limit})" if limit else "")
 
     def _last_line(self) -> str:
         output = self.captured()
@@ -183,28 +269,13 @@ class CommandJob(UpqJob):
         return one_line(line.strip()[:_LAST_LINE_CHARS])
 
 
-def command_type(
-    name: str,
-    words: tuple[str, ...],
-    *,
-    success_codes: Collection[int] = (0,),
-    env: Mapping[str, str] | None = None,
-    cwd: Path | None = None,
-    timeout_s: float = 0.0,
-    grace_s: float = GRACE_S,
-    lifeline: Lifeline | None = None,
-) -> type[CommandJob]:
-    """The class of a `[job name]` with `command =`; `words` are those of `params.split_command`."""
-    facts = {
-        "words": words,
-        "success_codes": frozenset(success_codes),
-        "env": env,
-        "cwd": cwd,
-        "timeout_s": timeout_s,
-        "grace_s": grace_s,
-        "lifeline": lifeline,
-    }
-    return type(name.capitalize(), (CommandJob,), facts)
+def command_type(name: str, words: tuple[str, ...], **facts: Any) -> type[CommandJob]:
+    """The class of a `[job name]` with `command =`; `words` are those of `params.split_command`.
+
+    facts: what CommandJob declares.
+    """
+    assert facts.keys() <= CommandJob.__annotations__.keys()
+    return type(name.capitalize(), (CommandJob,), {"words": words, **facts})
 
 
 def _start_fault(program: str, error: Exception) -> str:
@@ -214,178 +285,14 @@ def _start_fault(program: str, error: Exception) -> str:
     return f"cannot start {program}: {error.strerror}{culprit}"
 
 
-def _ending(code: int) -> str:
-    if code >= 0:
-        return f"exited with {code}"
-    try:
-        return f"was killed by {signal.Signals(-code).name}"
-    except ValueError:
-        return f"was killed by signal {-code}"
-
-
 @contextlib.contextmanager
-def _closing(fd: int) -> Iterator[int]:
-    try:
+def _as_file(text: str | None) -> Iterator[int]:
+    """A descriptor to read the text from; a file in memory, so that nobody has to feed it."""
+    if not text:
+        yield subprocess.DEVNULL
+        return
+    with closing(os.memfd_create("stdin")) as fd:
+        with open(fd, "wb", closefd=False) as file:
+            file.write(text.encode("utf-8", "replace"))
+        os.lseek(fd, 0, os.SEEK_SET)
         yield fd
-    finally:
-        os.close(fd)
-
-
-class Watch:
-    """Copies a pipe into `sink` while waiting for other descriptors."""
-
-    def __init__(self, pipe: int, sink: Clipped, *others: int) -> None:
-        #: Those that have become readable; the pipe when it has come to its end.
-        self.ready: set[int] = set()
-        self._pipe = pipe
-        self._sink = sink
-        self._poll = select.poll()
-        for fd in (pipe, *others):
-            self._poll.register(fd, select.POLLIN)
-
-    def until(self, done: Callable[[], bool], wait_s: float, tick_s: float = 3600.0) -> bool:
-        """Copy until `done()`, asked at each event and tick; False when the time is over."""
-        deadline = time.monotonic() + wait_s
-        while not done():
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
-                return False
-            self._step(min(left_s, tick_s))
-        return True
-
-    def _step(self, wait_s: float) -> None:
-        for fd, _ in self._poll.poll(math.ceil(wait_s * 1000)):
-            data = os.read(fd, _READ_BYTES) if fd == self._pipe else b""
-            if data:
-                self._sink.write_bytes(data)
-            else:
-                self._poll.unregister(fd)
-                self.ready.add(fd)
-
-
-def living_groups(tokens: Collection[int], leader: int = 0) -> set[int]:
-    """This user's process groups in which something runs: that of `leader`, if it is given, and
-    every one with a process that carries one of the tokens. Never the group we are in ourselves.
-    """
-    wanted = {f"{TOKEN}={token}".encode() for token in tokens}
-    groups: set[int] = set()
-    if not wanted and not leader:
-        return groups
-    spared = {0, 1, os.getpgrp()}
-    for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
-        with contextlib.suppress(OSError):  # it has ended meanwhile, or is another user's
-            group = os.getpgid(pid)
-            if group in groups or group in spared:
-                continue
-            if (group == leader and not _is_zombie(pid)) or _carries(pid, wanted):
-                groups.add(group)
-    return groups
-
-
-def _is_zombie(pid: int) -> bool:
-    stat = Path(f"/proc/{pid}/stat").read_bytes()
-    return stat.rpartition(b")")[2].split()[0] in b"ZX"
-
-
-def _carries(pid: int, wanted: set[bytes]) -> bool:
-    folder = f"/proc/{pid}"
-    if not wanted or os.stat(folder).st_uid != os.geteuid():
-        return False
-    with open(f"{folder}/environ", "rb", buffering=0) as file:
-        return not wanted.isdisjoint(file.read().split(b"\0"))
-
-
-def _signal_groups(groups: Collection[int], signum: int) -> None:
-    for group in groups:
-        # Gone already, or setuid and out of our reach.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(group, signum)
-
-
-def end_orphans(tokens: Collection[int], grace_s: float = GRACE_S) -> int:
-    """End the commands that claims with these tokens left running; says how many groups.
-
-    For the start, before such jobs are queued again. Takes at most `grace_s` and 1 s.
-    """
-    ended: set[int] = set()
-    for signum, wait_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, _KILL_WAIT_S)):
-        deadline = time.monotonic() + wait_s
-        groups = living_groups(tokens)
-        ended |= groups
-        _signal_groups(groups, signum)
-        while living_groups(tokens) and time.monotonic() < deadline:
-            time.sleep(_TICK_S)
-    return len(ended)
-
-
-class Lifeline:
-    """Ends the running commands when the daemon dies, even by SIGKILL. One for the whole daemon.
-
-    A helper process, started with the first command, reads their tokens from a pipe that nobody
-    else holds: when the pipe ends, so has the daemon.
-    """
-
-    def __init__(self, grace_s: float = GRACE_S) -> None:
-        self._grace_s = grace_s
-        self._tokens: set[int] = set()
-        self._helper: subprocess.Popen[bytes] | None = None
-        self._broken = False
-        self._lock = threading.Lock()
-
-    @contextlib.contextmanager
-    def guard(self, token: int) -> Iterator[None]:
-        """What carries the token and is started inside the block ends with the daemon."""
-        with self._lock:
-            self._tokens.add(token)
-            self._tell(f"+{token}\n")
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._tokens.discard(token)
-                self._tell(f"-{token}\n")
-
-    def close(self) -> None:
-        """End what is still guarded, as the death of the daemon would, and wait for it."""
-        with self._lock:
-            helper, self._helper = self._helper, None
-        if helper is not None:
-            helper.communicate()
-
-    def _tell(self, line: str) -> None:
-        if self._broken:
-            return
-        try:
-            if self._helper is None or self._helper.poll() is not None:
-                if self._helper is not None:
-                    log.warning("the lifeline's helper has died, starting another")
-                self._helper = self._start()
-                line = "".join(f"+{token}\n" for token in self._tokens)
-            cast("IO[bytes]", self._helper.stdin).write(line.encode())
-        except OSError as error:  # in a chroot, say; the next start still ends them
-            self._broken = True
-            log.warning("commands will not end when the daemon is killed: %s", error)
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        code = "import sys; sys.path.insert(0, sys.argv[1]); from upq.command import stand_by"
-        return subprocess.Popen(
-            [
-                *(sys.executable, "-I", "-S", "-c", f"{code}; stand_by({self._grace_s})"),
-                str(Path(__file__).parent.parent),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            bufsize=0,
-            cwd="/",
-            env={},
-            start_new_session=True,
-        )
-
-
-def stand_by(grace_s: float) -> None:
-    """The helper's whole life: learn tokens until the pipe ends, then end what carries them."""
-    tokens: set[int] = set()
-    for line in sys.stdin:
-        (tokens.add if line[0] == "+" else tokens.discard)(int(line[1:]))
-    end_orphans(tokens, grace_s)

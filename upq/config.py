@@ -10,8 +10,10 @@ from there. Nothing is created or opened for the daemon here.
 from __future__ import annotations
 
 import graphlib
+import itertools
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -28,12 +30,16 @@ from upq.kinds import (
     AMOUNTS,
     COMMAND,
     CONCURRENT,
+    CPU_TIME,
     DATABASE,
+    DESCRIPTOR,
     DURATION,
     ENVIRONMENT,
     EXIT_CODES,
     FACTOR,
+    FOLDER,
     GROUP,
+    IO_CLASS,
     KEY,
     LOAD,
     LOG_FORMAT,
@@ -46,6 +52,7 @@ from upq.kinds import (
     NAMES_HERE,
     NODE_NAME,
     NOT_YET,
+    OPEN_FILES,
     PARAMS,
     PATH,
     PATTERNS,
@@ -55,6 +62,7 @@ from upq.kinds import (
     RATE,
     SIZE,
     TARGETS,
+    TEMPLATE,
     TEXT,
     TIME_LIMIT,
     UNIQUE,
@@ -65,11 +73,12 @@ from upq.kinds import (
     Kind,
     Pattern,
     Unique,
+    at_least,
     number,
     one_of,
 )
 from upq.notify import NOTIFY
-from upq.params import Param, ParamSpec, key_names, names_in, placeholders, shown, suggest
+from upq.params import Param, ParamSpec, names_in, shown, suggest
 from upq.protocol import VERBS
 from upq.rates import Rate
 
@@ -327,12 +336,55 @@ class JobSettings:
         COMMAND,
         "",
         "Run this program instead of a class: `sha256sum {path}`. Never a shell; each {placeholder}"
-        " stays one argument and cannot be an option unless `--` stands before it; a word whose"
-        " parameter is not given is left out.",
+        " stays one argument and cannot be an option unless `--` stands before it or it is an int,"
+        " float or choice; a word whose parameter is not given is left out.",
+    )
+    stdin: str = setting(
+        TEMPLATE, "", "What the command reads, `{text}` for example; empty: nothing."
     )
     success_codes: tuple[int, ...] = setting(EXIT_CODES, "0", "Exit codes of a command done well.")
-    env: dict[str, str] = setting(ENVIRONMENT, "", "Environment of the command.")
-    cwd: str = setting(PATH, "", "Folder the command runs in; empty: the daemon's.")
+    retry_codes: tuple[int, ...] = setting(
+        EXIT_CODES, "", "Only these exit codes are tried again; empty: all but `abort_codes`."
+    )
+    abort_codes: tuple[int, ...] = setting(
+        EXIT_CODES, "", "Exit codes after which `retries` that are left are not made."
+    )
+    result: str = setting(
+        one_of("exit_code", "json"),
+        "exit_code",
+        "A command's result: its exit code, or the last line of JSON in its standard output.",
+    )
+    progress: str = setting(
+        one_of("none", "stdout"),
+        "none",
+        "Lines such as `progress: 40% text` in a command's standard output are its progress.",
+    )
+    progress_fd: int = setting(
+        DESCRIPTOR, "0", "The same on a descriptor of its own, 3 to 9; 0: none."
+    )
+    env: dict[str, str | None] = setting(
+        ENVIRONMENT,
+        "",
+        "All that a command sees beside PATH, HOME, LANG, LC_*, TZ, TMPDIR: `NAME` is the daemon's,"
+        " `NAME=value` and `NAME={param}` are its own.",
+    )
+    cwd: str = setting(
+        FOLDER, "", "Folder the command runs in, `/srv/{name}` or `{path}`; empty: the daemon's."
+    )
+    nice: int = setting(number(0, 19), "0", "Niceness of a command, at least.")
+    ionice: str = setting(IO_CLASS, "", "A command's turn at the disk, by `ionice`; empty: normal.")
+    memory_limit_bytes: int = setting(
+        at_least("16M"), "0", "Address space of each process of a command; 0: no limit."
+    )
+    cpu_limit_s: float = setting(
+        CPU_TIME, "0", "Computing time of each process of a command; 0: no limit."
+    )
+    file_limit_bytes: int = setting(
+        SIZE, "0", "How far a command may write into a file; 0: no limit."
+    )
+    open_files: int = setting(
+        OPEN_FILES, "0", "Files that a process of a command may have open; 0: the daemon's limit."
+    )
     priority: int = setting(PRIORITY, "default", "high (10), default (0), low (-10) or a number.")
     queue: str = setting(
         QUEUE,
@@ -455,8 +507,14 @@ OTHER_SECTIONS: dict[str, Any] = {
 LATER = {
     "": ("http", "schedule", "autoscale"),
     "listen": ("tls", "tokens"),
-    "job": ("on_fail", "schedule", "nice", "memory_limit", "keep"),
+    "job": ("on_fail", "schedule", "keep"),
 }
+
+#: Settings of a `[job ...]` that say how its command runs.
+COMMAND_ONLY = {
+    "stdin", "success_codes", "retry_codes", "abort_codes", "result", "progress", "progress_fd",
+    "env", "cwd", "nice", "ionice", "memory_limit", "cpu_limit", "file_limit", "open_files",
+}  # fmt: skip
 
 #: Bytes that the kernel allows the path of a UNIX socket.
 SOCKET_LIMIT_BYTES = 107
@@ -471,7 +529,8 @@ def _fill(cls: type[S], section: str, ini: Ini, /, **more: Any) -> S:
     """An object of a section's class from its items; what cannot be read keeps its default."""
     values = more
     items = dict(ini.sections[section].items)
-    for key, each in declared(cls).items():
+    known = declared(cls)
+    for key, each in known.items():
         item = items.pop(key, None)
         pointer = items.pop(f"{key}_file", None) if each.secret else None
         if pointer and item:
@@ -486,7 +545,7 @@ def _fill(cls: type[S], section: str, ini: Ini, /, **more: Any) -> S:
             assert item  # a default can be read: its declaration did
             ini.fault(item.place, f"{key}: {error}{_slip(item.text)}")
     for key, item in items.items():
-        _judge_other(key, item.place, section, list(declared(cls)), ini)
+        _judge_other(key, item.place, section, list(known), ini)
     return cls(**values)
 
 
@@ -570,27 +629,68 @@ def _with_retries(job: JobSettings, ini: Ini) -> JobSettings:
 
 def _with_params(job: JobSettings, ini: Ini) -> JobSettings:
     """Without `params` a command takes its placeholders; no other name may be used anywhere."""
-    wanted = placeholders(job.variables["command"]) if job.command else []
+    used = [(key, name) for key, text in _templates(job) for name in names_in(text)]
     if job.command and not job.variables.get("params"):
-        job = replace(job, params=ParamSpec(tuple(map(Param, wanted))))
+        paths = names_in(job.cwd) if job.cwd.startswith("{") else []
+        names_ = dict.fromkeys(name for _, name in used)
+        found = [Param(name, "path" if name in paths[:1] else "str") for name in names_]
+        job = replace(job, params=ParamSpec(tuple(found)))
     if job.params:
         names = job.params.names
-        used = [("command", name) for name in wanted] + [("secret", name) for name in job.secret]
         used += [("queue", name) for name in names_in(job.queue)]
-        used += [("serial", name) for name in key_names(job.serial)]
+        used += [("serial", name) for name in names_in(job.serial)]
         used += [("unique", name) for name in (job.unique and job.unique.names) or ()]
-        for key, name in used:
+        for key, name in used + [("secret", name) for name in job.secret]:
             if name not in names:
                 place = ini.place(f"job {job.name}", key)
                 ini.fault(place, f"{key}: no parameter {shown(name)}{suggest(name, names)}")
     for name in sorted(job.secret & set(names_in(job.queue))):
         place = ini.place(f"job {job.name}", "queue")
         ini.fault(place, f"queue: {name} is secret, and a queue's name is shown to all")
-    for name in key_names(job.serial):
+    for name in names_in(job.serial):
         if name in job.secret:
             place = ini.place(f"job {job.name}", "serial")
             ini.fault(place, f"serial: {name} is secret, and the text of a turn is shown")
-    return job
+    return _with_command(job, ini)
+
+
+def _templates(job: JobSettings) -> Iterator[tuple[str, str]]:
+    """The texts of a command with {placeholders}, each with its key."""
+    if job.command:
+        yield from (("command", word) for word in job.command)
+        yield "stdin", job.stdin
+        yield from (("env", text) for text in job.env.values() if text)
+        yield "cwd", job.cwd
+
+
+def _with_command(job: JobSettings, ini: Ini) -> JobSettings:
+    """What settings of a command say together has to make sense; its folder is absolute."""
+
+    def fault(key: str, text: str) -> None:
+        ini.fault(ini.place(f"job {job.name}", key), f"{key}: {text}")
+
+    if not job.command:
+        for key in COMMAND_ONLY & job.variables.keys():
+            ini.warn(ini.place(f"job {job.name}", key), f"{key}: means nothing without command")
+        return job
+    codes = {key: getattr(job, key) for key in ("success_codes", "retry_codes", "abort_codes")}
+    for (first, some), (key, others) in itertools.combinations(codes.items(), 2):
+        if twice := sorted(set(some) & set(others)):
+            fault(key, f"{twice[0]} is in {first}, too")
+    if job.retry_codes and not job.retries:
+        place = ini.place(f"job {job.name}", "retry_codes")
+        ini.warn(place, "retry_codes: nothing is tried again, retries is 0")
+    if job.progress_fd and job.progress == "stdout":
+        fault("progress_fd", "progress = stdout is given, too")
+    if job.ionice and not shutil.which("ionice"):
+        fault("ionice", "there is no program ionice (util-linux) on this machine")
+    types = {param.name: param.type for param in job.params.params} if job.params else {}
+    if job.stdin in types:
+        fault("stdin", f"write {{{job.stdin}}} for the value of the parameter")
+    first = names_in(job.cwd)[0] if job.cwd.startswith("{") and names_in(job.cwd) else ""
+    if types.get(first, "path") != "path":
+        fault("cwd", f"begins with {{{first}}}, which has to be a path: params = {first}:path")
+    return replace(job, cwd=job.cwd if first else _absolute(ini.folder, job.cwd))
 
 
 def _pool(name: str, ini: Ini) -> PoolSettings:

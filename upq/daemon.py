@@ -21,7 +21,7 @@ from upq import __version__, systemd, when
 from upq import log as logs
 from upq.claimer import Claimer
 from upq.clock import Clock
-from upq.command import CommandJob, Lifeline, end_orphans
+from upq.command import CommandJob
 from upq.config import Settings
 from upq.db import Database, hold_file
 from upq.desk import Ends, JobDesk
@@ -43,6 +43,7 @@ from upq.queue import BEAT_S, Queue
 from upq.runner import Runner
 from upq.server import Door, Place, bind_tcp, bind_unix
 from upq.statements import CHUNK
+from upq.trees import Lifeline, end_orphans
 from upq.views import Views
 
 log = logging.getLogger("upq")

@@ -14,7 +14,7 @@ from typing import Any
 from upq import when
 from upq.access import Principals
 from upq.attempt import refused
-from upq.command import Lifeline, command_type
+from upq.command import STDOUT, command_type
 from upq.config import JobSettings, Mail, PoolSettings, Settings
 from upq.draws import Bounds, Level, Plan, Token
 from upq.errors import BadParams, Broken, Disabled, Refused, RequestError, UnknownCommand
@@ -25,6 +25,7 @@ from upq.params import fill_key, names_in, queue_of, suggest
 from upq.plugins import Desk, Loader, UpqJob, blame
 from upq.queue import Lane
 from upq.record import canonical, digest
+from upq.trees import Lifeline
 
 log = logging.getLogger(__name__)
 
@@ -253,12 +254,27 @@ class JobTypes:
     def _class(self, cfg: JobSettings) -> type[UpqJob]:
         if cfg.command is None:
             return self._loader.load(cfg.name)
+        free = ("int", "float", "choice")
         return command_type(
             cfg.name,
             cfg.command,
-            success_codes=cfg.success_codes,
+            free={p.name for p in cfg.params.params if p.type in free} if cfg.params else (),
+            success_codes=frozenset(cfg.success_codes),
+            retry_codes=frozenset(cfg.retry_codes),
+            abort_codes=frozenset(cfg.abort_codes),
             env=cfg.env,
-            cwd=Path(cfg.cwd) if cfg.cwd else None,
+            cwd=cfg.cwd,
+            stdin=cfg.stdin,
+            limits=spawn.Limits(
+                nice=cfg.nice,
+                ionice=cfg.ionice,
+                memory_bytes=cfg.memory_limit_bytes,
+                cpu_s=cfg.cpu_limit_s,
+                file_bytes=cfg.file_limit_bytes,
+                open_files=cfg.open_files,
+            ),
+            progress_on=STDOUT if cfg.progress == "stdout" else cfg.progress_fd,
+            json_result=cfg.result == "json",
             timeout_s=cfg.timeout_s,
             lifeline=self._lifeline,
         )

@@ -23,9 +23,9 @@ from upq.notify import parse_target
 from upq.params import (
     BOOLEANS,
     ParamSpec,
-    key_template,
     queue_name,
     queue_template,
+    refuse_lone_braces,
     shown,
     split_command,
     suggest,
@@ -174,12 +174,55 @@ def _exit_codes(text: str) -> tuple[int, ...]:
     return tuple(number(0, 255).read(code) for code in _list(text))
 
 
-def _environment(text: str) -> dict[str, str]:
+def _environment(text: str) -> dict[str, str | None]:
+    """NAME alone is None: passed on."""
     pairs = [word.partition("=") for word in shlex.split(text)]
     for name, equals, value in pairs:
-        if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise ValueError(f"{shown(name + equals + value)} is not NAME=value")
-    return {name: value for name, _, value in pairs}
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ValueError(f"{shown(name + equals + value)} is not NAME or NAME=value")
+        if name.startswith("UPQ_JOB_"):
+            raise ValueError(f"{name} is set by upq itself")
+        refuse_lone_braces(value)
+    return {name: value if equals else None for name, equals, value in pairs}
+
+
+def _template(text: str) -> str:
+    refuse_lone_braces(text)
+    return text
+
+
+def _io_class(text: str) -> str:
+    if not re.fullmatch(r"idle|best-effort(:[0-7])?", text):
+        raise ValueError(
+            f"{shown(text)} is not idle, best-effort or best-effort:0 to best-effort:7"
+        )
+    return text
+
+
+def none_or(low: int, high: int) -> Kind[int]:
+    """A number; 0 for none."""
+
+    def read(text: str) -> int:
+        return number(low, high).read(text) if text != "0" else 0
+
+    return Kind("whole number", read, 0)
+
+
+def at_least(low: str) -> Kind[int]:
+    """A size that is not below this one; 0 for no limit."""
+
+    def read(text: str) -> int:
+        if 0 < (bytes_ := when.size(text)) < when.size(low):
+            raise ValueError(f"{shown(text)} can never be met: less than {low}")
+        return bytes_
+
+    return Kind("size", read, 0, "bytes")
+
+
+def _cpu_time(text: str) -> float:
+    if 0 < (seconds := when.duration(text)) < 1:
+        raise ValueError(f"{shown(text)} can never be met: less than 1s")
+    return seconds
 
 
 def _node_name(text: str) -> str:
@@ -331,7 +374,7 @@ NAMES: Kind[tuple[str, ...]] = Kind("names", _list, ())
 NAME_SET: Kind[frozenset[str]] = Kind("names", lambda text: frozenset(_list(text)), frozenset())
 PARAMS: Kind[ParamSpec | None] = Kind("parameters", ParamSpec.parse, None)
 UNIQUE: Kind[Unique | None] = Kind("parameters", _unique, None)
-KEY = Kind("text with {parameters}", lambda text: key_template(_one_line(text)), "")
+KEY = Kind("text with {parameters}", lambda text: _template(_one_line(text)), "")
 COMMAND: Kind[tuple[str, ...] | None] = Kind("command line", split_command, None)
 EXIT_CODES: Kind[tuple[int, ...]] = Kind("whole numbers", _exit_codes, ())
 QUEUE = Kind("queue", queue_template, "")
@@ -344,7 +387,13 @@ LOAD: Kind[Load | None] = Kind("number", _load, None)
 MIN_FREE: Kind[tuple[Free, ...]] = Kind(
     "folder size, ...", lambda text: tuple(map(Free.parse, text.split(","))), ()
 )
-ENVIRONMENT: Kind[dict[str, str]] = Kind("NAME=value ...", _environment, {})
+ENVIRONMENT: Kind[dict[str, str | None]] = Kind("NAME, NAME=value", _environment, {})
+TEMPLATE = Kind("text", _template, "")
+FOLDER = Kind("path", lambda text: _template(_one_line(text)), "")
+IO_CLASS = Kind("idle | best-effort:0-7", _io_class, "")
+DESCRIPTOR = none_or(3, 9)
+OPEN_FILES = none_or(8, 10**6)
+CPU_TIME = Kind("duration", _cpu_time, 0.0, "s")
 CONCURRENT = number(
     1, 10000, "at least 1: every job goes through its queue; `upq-cli --wait` waits for its end"
 )

@@ -217,10 +217,7 @@ def split_command(text: str) -> tuple[str, ...]:
     if not words:
         raise ValueError("is empty")
     for word in words:
-        if any(brace[0] in "{}" for brace in _BRACE.finditer(word)):
-            raise ValueError(
-                f"{shown(word)} has a lone brace; write {{{{ or }}}} for a literal one"
-            )
+        refuse_lone_braces(word)
     if _names(words[0]):
         raise ValueError("the program itself cannot be a {placeholder}")
     for at, word in enumerate(words):
@@ -231,16 +228,6 @@ def split_command(text: str) -> tuple[str, ...]:
                 """ write it after the script: sh -c 'rm "$1"' sh {path}"""
             )
     return words
-
-
-def names_in(template: str) -> list[str]:
-    """The placeholders of a text, each once, in order."""
-    return list(dict.fromkeys(_names(template)))
-
-
-def placeholders(command: str) -> list[str]:
-    """The names a command asks for, each once, in order."""
-    return list(dict.fromkeys(name for word in split_command(command) for name in _names(word)))
 
 
 _QUEUE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@/+-]*")
@@ -277,18 +264,6 @@ def queue_of(template: str, params: Mapping[str, Any]) -> str:
         raise BadParams(f"{', '.join(names)}: {error}") from None
 
 
-def key_template(text: str) -> str:
-    """The text of a key with {placeholders}. Raises ValueError for a lone brace."""
-    if any(brace[0] in "{}" for brace in _BRACE.finditer(text)):
-        raise ValueError(f"{shown(text)} has a lone brace; write {{{{ or }}}} for a literal one")
-    return text
-
-
-def key_names(template: str) -> list[str]:
-    """The parameters that a key asks for."""
-    return list(dict.fromkeys(_names(template)))
-
-
 def fill_key(template: str, params: Mapping[str, Any]) -> str:
     """The key of these parameters. Raises BadParams when it asks for one that is not given."""
     for name in _names(template):
@@ -299,27 +274,60 @@ def fill_key(template: str, params: Mapping[str, Any]) -> str:
     )
 
 
-def argv(template: Iterable[str], params: Mapping[str, Any]) -> list[str]:
+def refuse_lone_braces(text: str) -> None:
+    if any(brace[0] in "{}" for brace in _BRACE.finditer(text)):
+        raise ValueError(f"{shown(text)} has a lone brace; write {{{{ or }}}} for a literal one")
+
+
+def names_in(template: str) -> list[str]:
+    """The names of its {placeholders}, each once, in order."""
+    return list(dict.fromkeys(_names(template)))
+
+
+def filled(template: str, params: Mapping[str, Any]) -> str | None:
+    """The template with its values; None when one of them is not given. Raises BadParams."""
+    names = _names(template)
+    if any(params.get(name) is None for name in names):
+        return None
+    text = _BRACE.sub(
+        lambda brace: _as_text(params[brace[1]]) if brace[1] else brace[0][0], template
+    )
+    if "\0" in text:
+        raise BadParams(f"{names[0]}: holds a NUL character")
+    return text
+
+
+def folder(template: str, params: Mapping[str, Any]) -> str | None:
+    """A path with its values. Raises BadParams for one that would lead elsewhere: but for a
+    placeholder at the very beginning, whose type is `path`, a value is the name of one thing.
+    """
+    for name in _names(template)[template.startswith("{") :]:
+        value = params.get(name)
+        if value is not None and (_as_text(value) in ("", ".", "..") or "/" in _as_text(value)):
+            raise BadParams(f"{name}: the value is not the name of a folder")
+    return filled(template, params)
+
+
+def argv(
+    template: Iterable[str], params: Mapping[str, Any], free: Collection[str] = ()
+) -> list[str]:
     """The arguments of a command: each word of the template stays one argument, whatever is in it.
 
     A word whose placeholder has no value is left out. Raises BadParams for a value with a NUL, and
-    for one that would pass for an option: it begins with "-", no text stands before it in its word
-    and no `--` word before that.
+    for one that would pass for an option: it begins with "-", its name is not a `free` one, no text
+    stands before it in its word and no `--` word before that.
     """
     words = []
     options_over = False
     for word in template:
-        names = _names(word)
-        if any(params.get(name) is None for name in names):
+        text = filled(word, params)
+        if text is None:
             continue
-        filled = _BRACE.sub(
-            lambda brace: _as_text(params[brace[1]]) if brace[1] else brace[0][0], word
-        )
-        if "\0" in filled:
-            raise BadParams(f"{names[0]}: holds a NUL character")
+        names = _names(word)
         opens_with_value = names and word.startswith("{" + names[0] + "}")
-        if filled.startswith("-") and opens_with_value and not options_over:
+        may_be_option = opens_with_value and not options_over and names[0] not in free
+        if may_be_option and text.startswith("-"):
             raise BadParams(f"{names[0]}: a value that begins with '-' is not accepted")
         options_over = options_over or word == "--"
-        words.append(filled)
+        words.append(text)
     return words

@@ -122,12 +122,21 @@ class Clipped(io.TextIOBase):
         with self._lock:
             if not self._size:
                 return None
-            head, tail = self._head, self._tail[-self._half :]
-            left_out = self._size - len(head) - len(tail)
-            if not left_out:
-                return Output((head + tail).decode("utf-8", "replace"), self._size, False)
-            gap = f"\n[... {left_out} bytes left out ...]\n".encode()
-            return Output((head + gap + tail).decode("utf-8", "replace"), self._size, True)
+            size, half = self._size, self._half
+            head, tail = bytes(self._head), bytes(self._tail[-half:])
+        left_out = size - len(head) - len(tail)
+        if not left_out:
+            whole = readable(head + tail)
+            if len(whole) <= 2 * half:
+                return Output(whole.decode(), size, False)
+        gap = f"\n[... {left_out or 'some'} bytes left out ...]\n".encode()
+        text = readable(head)[:half] + gap + readable(tail)[-half:]
+        return Output(text.decode("utf-8", "ignore"), size, True)
+
+
+def readable(data: bytes) -> bytes:
+    """As text that every database takes; what is binary may get longer by that."""
+    return data.decode("utf-8", "replace").replace("\0", "\\0").encode()
 
 
 class UpqJob:

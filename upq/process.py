@@ -23,13 +23,14 @@ from typing import Any
 
 from upq.attempt import AWAY, BROKEN, CRASHED, INTERRUPTED, Report
 from upq.child import Lines
-from upq.command import PASSED, TOKEN, Lifeline, end_orphans
+from upq.command import PASSED
 from upq.errors import UpqError
 from upq.executor import judged
 from upq.job import DONE
 from upq.jobtypes import JobType
 from upq.keeper import ASK_S, GRACE_S
 from upq.plugins import Child, Desk, UpqJob
+from upq.trees import TOKEN, Lifeline, end_orphans
 
 log = logging.getLogger(__name__)
 

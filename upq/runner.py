@@ -12,7 +12,6 @@ from typing import Any
 from upq import log as logs
 from upq import notify, when
 from upq.attempt import AWAY, BROKEN, CRASHED, RETRY, TIMEOUT, UNFIT, Report, left, with_fault
-from upq.command import Lifeline
 from upq.db import one_line
 from upq.errors import BadParams, RequestError
 from upq.executor import Executor, Threads
@@ -24,6 +23,7 @@ from upq.plugins import MESSAGE_LIMIT, Desk, UpqJob, blame, follow_up
 from upq.process import Processes
 from upq.queue import CRASH_LIMIT, Queue
 from upq.record import crashes_of
+from upq.trees import Lifeline
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ class Runner:
         if end in (DONE, CANCELLED):
             reason = "" if end == DONE else "asked"
             return Outcome(end, message, report.result, data, reason=reason)
-        return Outcome(FAILED, message, data=data, reason="" if end == UNFIT else end)
+        return Outcome(FAILED, message, report.result, data, reason="" if end == UNFIT else end)
 
     def _failed(
         self, job: Job, kind: JobType, report: Report, data: dict[str, Any] | None
