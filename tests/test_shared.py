@@ -413,7 +413,8 @@ def test_two_daemons_share_a_rate(site: Callable[..., Site], store: Store) -> No
         starts = starts_us(store)
         inside = [at for at in starts if at < starts[0] + 4_500_000]
         assert most_within(starts, 1_000_000) <= 55
-        assert 225 * 0.9 <= len(inside) <= 225 + 5
+        # What a stall longer than the burst (0.1 s) leaves out is lost: a loaded machine has some.
+        assert 225 * 0.7 <= len(inside) <= 225 + 5
         assert all(line.started for line in lines)
 
 
