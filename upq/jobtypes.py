@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from upq import when
+from upq import spawn, when
 from upq.access import Principals
 from upq.attempt import refused
 from upq.command import STDOUT, command_type
