@@ -338,7 +338,9 @@ def test_hup_takes_over_a_good_configuration_and_keeps_the_old_one_when_it_is_no
     assert daemon.run("newcomer")["state"] == daemon.run("echo")["state"] == "done"
     assert daemon.say("reload").startswith("ERR refused ")
     daemon.config.write_text(good)
-    assert daemon.ask("reload") == {"reloaded": True, "warnings": []}
+    told = daemon.ask("reload")
+    assert [one["text"] for one in told["changes"]] == ["[job newcomer] removed"]
+    assert (told["reloaded"], told["warnings"]) == (True, [])
     assert daemon.say("newcomer").startswith("ERR unknown_command ")
     daemon.forgiven = ["retries: 'many'", "non", "not reloaded"]
 

@@ -11,7 +11,8 @@ import logging
 import os
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from upq import statements as st
@@ -62,6 +63,40 @@ class Lane(NamedTuple):
     queue: str
     type: str
     paused: bool
+
+
+def always(type: str) -> bool:
+    return True
+
+
+@dataclass(slots=True)
+class Walk:
+    """A way through the jobs of one final state, from the first that ended on."""
+
+    #: Whether jobs of this type are to go.
+    due: Callable[[str], bool] = always
+    #: The end and the id of the last job seen.
+    mark: tuple[int, int] = (-1, 0)
+    #: Nothing is left that ended before the time given.
+    is_over: bool = False
+
+
+class Due(NamedTuple):
+    """Slots of a schedule whose time has come, in order, each with its job or None to pass it."""
+
+    schedule: str
+    #: The last slot that was known before.
+    after: int
+    slots: list[tuple[int, NewJob | None]]
+
+
+class Fired(NamedTuple):
+    """What has become of them."""
+
+    #: The last slot now; None when another daemon has the schedule in hand.
+    last: int | None
+    #: The slots with the jobs that are queued now, or why they are not.
+    jobs: list[tuple[int, Accepted | RequestError]]
 
 
 class Claims(Protocol):
@@ -503,14 +538,24 @@ class Queue:
         nodes = self._act(nodes_of)
         return [id for id in nodes if self._is_dead(id, nodes)]
 
-    def purge(self, state: str, before: int) -> int:
-        """Delete at most CHUNK jobs of a final state that ended before a time, and their history.
+    def purge(self, state: str, before: int, walk: Walk | None = None) -> int:
+        """Delete jobs of a final state that ended before a time, with their history.
 
+        Looks at no more than CHUNK jobs, the next of the walk; returns how many it has deleted.
         Kept are children of a parent that has not ended, and what others wait for.
         """
+        on = walk or Walk()
 
-        def run(batch: Batch) -> int:
-            old = batch.tx.fetch(st.OUTDATED, state=state, before=before)
+        def run(batch: Batch) -> tuple[int, list[Any]]:
+            ended_at, above = on.mark
+            page = batch.tx.fetch(st.ENDED_ALIKE, state=state, ended_at=ended_at, above=above)
+            if len(page) < st.CHUNK:
+                page += batch.tx.fetch(
+                    st.ENDED_LATER, state=state, ended_at=ended_at, before=before
+                )[: st.CHUNK - len(page)]
+            ids = [(id,) for id, type, at in page if at < before and on.due(type)]
+            old = batch.tx.fetch_rows(st.OUTDATED, sorted(ids)) if ids else []
+            old = [row for row in old if row[2] == state]
             ids = sorted((row[0],) for row in old)
             if ids:
                 for sql in (
@@ -520,9 +565,97 @@ class Queue:
                     st.DELETE_JOBS,
                 ):
                     batch.tx.run_rows(sql, ids)
-                for _, lane_id in old:
+                for _, lane_id, _ in old:
                     batch.tally[lane_id, state] -= 1
-            return len(ids)
+            return len(ids), page
+
+        count, page = self._act(run)
+        if page:
+            on.mark = (page[-1][2], page[-1][0])
+        on.is_over = len(page) < st.CHUNK
+        return int(count)
+
+    # Schedules
+
+    def enter_schedules(self, digests: Mapping[str, int], now: int, until: int) -> dict[str, int]:
+        """Make schedules known, each with a digest of its times; returns the last slot of each.
+
+        One that is new or has changed begins now: what was before is not made up for.
+        """
+        names = sorted((name,) for name in digests)
+
+        def run(batch: Batch) -> dict[str, int]:
+            batch.tx.run_rows(st.ADD_SLOTS, [(name, 0, None) for (name,) in names])
+            known = dict(batch.tx.fetch_rows(st.HEADS, names))
+            changed = [name for name, digest in known.items() if digest != digests[name]]
+            for name in changed:
+                batch.tx.run(st.SET_HEAD, schedule=name, digest=digests[name])
+            lasts = dict(batch.tx.fetch_rows(st.LAST_SLOTS, names, until=until))
+            if begin := [(name, now, None) for name in lasts if name in changed or not lasts[name]]:
+                batch.tx.run_rows(st.ADD_SLOTS, begin)
+                lasts = dict(batch.tx.fetch_rows(st.LAST_SLOTS, names, until=until))
+            return lasts
+
+        found: dict[str, int] = self._act(run)
+        return found
+
+    def fire(self, due: Sequence[Due], until: int) -> list[Fired]:
+        """Queue the jobs of these slots and take the slots, in one transaction; none twice.
+
+        A schedule that another daemon has in hand is left alone.
+        """
+        changes = [[self._change([job]) if job else None for _, job in one.slots] for one in due]
+        names = sorted((one.schedule,) for one in due)
+        times = sorted((one.schedule, at) for one in due for at, _ in one.slots)
+
+        def run(batch: Batch) -> list[Fired]:
+            free = {row[0] for row in batch.tx.fetch_rows(st.HEADS_FREE, names)}
+            last = dict(batch.tx.fetch_rows(st.LAST_SLOTS, names, until=until))
+            taken = {tuple(row) for row in batch.tx.fetch_rows(st.SLOTS_TAKEN, times)}
+            fired: list[Fired] = []
+            rows: list[tuple[str, int, int | None]] = []
+            for one, submits in zip(due, changes, strict=True):
+                name = one.schedule
+                if name not in free or last[name] != one.after:
+                    fired.append(Fired(last[name] if name in free else None, []))
+                    continue
+                mine = [
+                    (at, submit)
+                    for (at, _), submit in zip(one.slots, submits, strict=True)
+                    if (name, at) not in taken
+                ]
+                wanted = [(at, submit) for at, submit in mine if submit is not None]
+                stored = batch.insert([submit for _, submit in wanted])
+                results = [
+                    (at, result if isinstance(result, RequestError) else result[0])
+                    for (at, _), result in zip(wanted, stored, strict=True)
+                ]
+                ids = {at: r.id for at, r in results if isinstance(r, Accepted)}
+                rows += [(name, at, ids.get(at)) for at, _ in mine]
+                fired.append(Fired(one.slots[-1][0], results))
+            if rows:
+                batch.tx.run_rows(st.ADD_SLOTS, rows)
+            return fired
+
+        found: list[Fired] = self._act(run)
+        return found
+
+    def purge_slots(self, before: int) -> int:
+        """Delete old slots, but the last of each schedule and the last that fired."""
+
+        def run(batch: Batch) -> int:
+            count, names = 0, batch.tx.fetch(st.NEXT_SCHEDULE, after="")
+            while names:
+                name = names[0][0]
+                ends = batch.tx.fetch_rows(st.LAST_SLOTS, [(name,)], until=before)
+                ends += batch.tx.fetch(st.LAST_FIRED, schedule=name)
+                upto = min([before, *(row[-1] for row in ends)])
+                old = batch.tx.fetch(st.OLD_SLOTS, schedule=name, before=upto)
+                if old:
+                    batch.tx.run(st.DELETE_SLOTS, schedule=name, upto=old[-1][0])
+                count += len(old)
+                names = batch.tx.fetch(st.NEXT_SCHEDULE, after=name)
+            return count
 
         return int(self._act(run))
 
