@@ -5,7 +5,8 @@ A page is worked through from top to bottom in a copy of the project:
 * `console`: lines after `$ ` are run, what stands below is what they print. Numbers stand for any
   number, `...` for any text.
 * `sh` is run as a whole, `php` too. `python` is run, or becomes `jobs/name.py` when it is the class
-  of a job; `ini` joins upq.cfg when it is of jobs only, else it is checked by itself.
+  of a job; `ini` joins upq.cfg when it is of jobs and schedules only, else it is checked by
+  itself.
 * `sql` is for a fresh database server; the `ini` after it is then how a daemon reaches that one.
 * Folders of the system are replaced by some below the copy.
 * `text` and what `<!-- not run: reason -->` stands before are for reading only.
@@ -206,7 +207,7 @@ class World:
 
     def do_ini(self, block: Block) -> None:
         of_jobs = all(
-            name.startswith("job ") for name in re.findall(r"^\[(.+)\]", block.text, re.M)
+            name.startswith(("job ", "schedule ")) for name in re.findall(r"^\[(.+)\]", block.text, re.M)
         )
         includes = self.folder / "upq.d"
         file = includes / f"{block.line}.cfg" if of_jobs else self.folder / "page.cfg"

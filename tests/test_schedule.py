@@ -11,12 +11,14 @@ import sqlalchemy as sa
 
 from tests import stores
 from tests.stores import Store
-from upq import schema
+from tests.test_queue import FEW_ROWS_MS, measured
+from upq import schema, statements
+from upq.batch import Act, Batch, Submit
 from upq.config import ScheduleSettings
 from upq.errors import Busy, Unavailable
 from upq.job import NewJob
 from upq.protocol import SUBMIT, Request
-from upq.queue import Due, Queue
+from upq.queue import Due, Queue, value_of
 from upq.schedule import SLOTS, Scheduler, plan
 from upq.when import Times, instant, iso
 
@@ -382,17 +384,15 @@ def test_what_committed_without_an_answer_does_not_fire_again(
 def test_a_job_that_is_refused_takes_its_slot_and_no_other(
     store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from upq.batch import Batch
-
     insert = Batch.insert
     clock = Clock()
     made = scheduler(store, clock, schedule("a", "every 10m"), schedule("b", "every 10m"))
     clock.at += 10 * MINUTE
 
-    def full(batch: Batch, submits: list[object]) -> list[object]:
-        if submits and submits[0].who == "schedule a":  # type: ignore[attr-defined]
-            return [Busy("full")]
-        return insert(batch, submits)  # type: ignore[arg-type]
+    def full(batch: Batch, submits: list[Submit]) -> list[object]:
+        """As a type with a limit does."""
+        results = iter(insert(batch, [one for one in submits if one.who != "schedule a"]))
+        return [Busy("full") if one.who == "schedule a" else next(results) for one in submits]
 
     monkeypatch.setattr(Batch, "insert", full)
     made.step()
@@ -435,6 +435,34 @@ def test_old_slots_go_but_the_last_ones(store: Store) -> None:
     assert store.queue.purge_slots(NOON + DAY) == 0
     last = {name: at for name, (at, _, _) in store.views.fired(["a", "b"]).items()}
     assert last == {"a": NOON + 90 * MINUTE, "b": NOON + 90 * MINUTE}
-    clock.at = NOON + 100 * DAY
+    clock.at = NOON + 100 * DAY + 20 * MINUTE
     scheduler(store, clock, schedule("b", "every 45m", "skip"))
     assert len(fired(store)) == 93
+
+
+# What it costs
+
+
+@pytest.mark.slow
+def test_no_statement_reads_more_than_a_few_slots(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    made = scheduler(store, clock, schedule("a", "every 1s", "all"), schedule("b", "every 1s"))
+    many = [(name, NOON + n, None) for name in ("a", "b", "c") for n in range(1, 100_000)]
+    run = store.queue.writer.run
+    for start in range(0, len(many), 20_000):
+        part = many[start : start + 20_000]
+        value_of(
+            run([Act(lambda batch, part=part: batch.tx.run_rows(statements.ADD_SLOTS, part))])[0]
+        )  # type: ignore[misc]
+    spent_ms = measured(monkeypatch)
+    for _ in range(5):
+        clock.at += SECOND
+        made.step()
+        scheduler(store, clock, schedule("a", "every 1s", "all"), schedule("b", "every 1s"))
+        store.queue.purge_slots(NOON + 50)
+    assert len(fired(store)) == 10
+    assert {"HEADS_FREE", "HEADS", "LAST_SLOTS", "OLD_SLOTS", "LAST_FIRED"} <= spent_ms.keys()
+    del spent_ms["LAST_FIRED"]  # goes past slots that were passed over
+    assert {name: ms for name, ms in spent_ms.items() if ms > FEW_ROWS_MS} == {}

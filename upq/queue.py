@@ -606,35 +606,30 @@ class Queue:
         """
         changes = [[self._change([job]) if job else None for _, job in one.slots] for one in due]
         names = sorted((one.schedule,) for one in due)
-        times = sorted((one.schedule, at) for one in due for at, _ in one.slots)
 
         def run(batch: Batch) -> list[Fired]:
             free = {row[0] for row in batch.tx.fetch_rows(st.HEADS_FREE, names)}
             last = dict(batch.tx.fetch_rows(st.LAST_SLOTS, names, until=until))
-            taken = {tuple(row) for row in batch.tx.fetch_rows(st.SLOTS_TAKEN, times)}
+            mine = [one.schedule in free and last[one.schedule] == one.after for one in due]
+            submits = [
+                new
+                for ours, news in zip(mine, changes, strict=True) if ours
+                for new in news if new
+            ]  # fmt: skip
+            stored = iter(batch.insert(submits))
             fired: list[Fired] = []
             rows: list[tuple[str, int, int | None]] = []
-            for one, submits in zip(due, changes, strict=True):
-                name = one.schedule
-                if name not in free or last[name] != one.after:
-                    fired.append(Fired(last[name] if name in free else None, []))
+            for one, ours in zip(due, mine, strict=True):
+                if not ours:
+                    fired.append(Fired(last[one.schedule] if one.schedule in free else None, []))
                     continue
-                mine = [
-                    (at, submit)
-                    for (at, _), submit in zip(one.slots, submits, strict=True)
-                    if (name, at) not in taken
-                ]
-                wanted = [(at, submit) for at, submit in mine if submit is not None]
-                stored = batch.insert([submit for _, submit in wanted])
-                results = [
-                    (at, result if isinstance(result, RequestError) else result[0])
-                    for (at, _), result in zip(wanted, stored, strict=True)
-                ]
-                ids = {at: r.id for at, r in results if isinstance(r, Accepted)}
-                rows += [(name, at, ids.get(at)) for at, _ in mine]
-                fired.append(Fired(one.slots[-1][0], results))
+                jobs = [(at, next(stored)) for at, job in one.slots if job]
+                told = [(at, r if isinstance(r, RequestError) else r[0]) for at, r in jobs]
+                ids = {at: r.id for at, r in told if isinstance(r, Accepted)}
+                rows += [(one.schedule, at, ids.get(at)) for at, _ in one.slots]
+                fired.append(Fired(one.slots[-1][0], told))
             if rows:
-                batch.tx.run_rows(st.ADD_SLOTS, rows)
+                batch.tx.run_rows(st.INSERT_SLOTS, rows)
             return fired
 
         found: list[Fired] = self._act(run)

@@ -482,14 +482,8 @@ def last_slots(dialect: str) -> ClauseElement:
     return sa.select(r.c.schedule, newest.correlate(r).scalar_subquery())
 
 
-def slots_of(dialect: str) -> ClauseElement:
-    r = rows(dialect, schedule=str, at=int)
-    return sa.select(slot.c.schedule, slot.c.at).where(
-        slot.c.schedule == r.c.schedule, slot.c.at == r.c.at
-    )
-
-
 ADD_SLOTS = Sql(insert_if_new)
+INSERT_SLOTS = insert_into(slot, schedule=str, at=int, job=int)
 #: The heads of schedules, locked: by whoever comes first, or else left out; or waited for.
 HEADS_FREE = Sql(lambda dialect: heads_of(dialect, others_first=False))
 HEADS = Sql(lambda dialect: heads_of(dialect, others_first=True))
@@ -499,7 +493,6 @@ SET_HEAD = Sql(
     .where(slot.c.schedule == word("schedule"), slot.c.at == 0)
 )
 LAST_SLOTS = Sql(last_slots)
-SLOTS_TAKEN = Sql(slots_of)
 #: From one schedule to the next: one look into the index for each.
 NEXT_SCHEDULE = Sql(
     sa.select(slot.c.schedule)
