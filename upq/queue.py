@@ -554,8 +554,7 @@ class Queue:
                     st.ENDED_LATER, state=state, ended_at=ended_at, before=before
                 )[: st.CHUNK - len(page)]
             ids = [(id,) for id, type, at in page if at < before and on.due(type)]
-            old = batch.tx.fetch_rows(st.OUTDATED, sorted(ids)) if ids else []
-            old = [row for row in old if row[2] == state]
+            old = unneeded(batch, state, sorted(ids)) if ids else []
             ids = sorted((row[0],) for row in old)
             if ids:
                 for sql in (
@@ -565,7 +564,7 @@ class Queue:
                     st.DELETE_JOBS,
                 ):
                     batch.tx.run_rows(sql, ids)
-                for _, lane_id, _ in old:
+                for _, lane_id, *_ in old:
                     batch.tally[lane_id, state] -= 1
             return len(ids), page
 
@@ -676,6 +675,15 @@ def one_row(batch: Batch, id: int) -> Any:
     if not found:
         raise NotFound(f"no job {id}")
     return found[0]
+
+
+def unneeded(batch: Batch, state: str, ids: list[tuple[int]]) -> list[Any]:
+    """Of these jobs, locked, those in the state that no parent and no other job needs."""
+    found = [row for row in batch.tx.fetch_rows(st.LOCK_ENDED, ids) if row[2] == state]
+    parents = sorted({(row[3],) for row in found if row[3] is not None})
+    states = dict(batch.tx.fetch_rows(st.PARENTS_OF, parents)) if parents else {}
+    awaited = {row[0] for row in batch.tx.fetch_rows(st.AWAITED_OF, ids)}
+    return [row for row in found if row[0] not in awaited and states.get(row[3], DONE) in FINAL]
 
 
 def running_of(batch: Batch, owner: str) -> list[Job]:
