@@ -373,7 +373,7 @@ def test_what_a_reload_takes_over_needs_no_restart(daemon: Daemon) -> None:
     set_(daemon, "db", keep_done="1h", debug="yes")
     assert daemon.ask("reload")["warnings"] == []
     set_(daemon, "db", durability="relaxed")
-    assert daemon.ask("reload")["warnings"] == ["[db] needs a restart"]
+    assert daemon.ask("reload")["warnings"] == ["[db] durability needs a restart"]
 
 
 def test_statements_are_logged_without_what_is_in_them_while_debug_is_on(daemon: Daemon) -> None:

@@ -379,7 +379,7 @@ LATER = {
 FIXED = {
     "daemon": ("detach_process", "pidfile", "umask", "uid", "gid", "chroot_directory"),
     "paths": ("socket", "socket_chmod", "state_dir"),
-    "db": ("url", "debug", "durability"),
+    "db": ("url", "durability"),
     "listen": ("tcp", "max_connections", "max_per_peer", "idle", "line", "write"),
     "node": ("name",),
 }

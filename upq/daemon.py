@@ -13,7 +13,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +51,6 @@ PURGE_S, PURGE_SLOTS_S, SLOTS_KEPT_S = 10.0, 600.0, 86400
 DAMAGED = 65
 #: Failures of one of the daemon's own threads after which it gives up.
 ROLE_FAILURES = 5
-#: What a reload takes over of sections that are else fixed until a restart.
-LIVE = {
-    "daemon": ("grace_s",),
-    "db": ("debug", "keep_done_s", "keep_failed_s"),
-    "listen": ("max_queue",),
-}
 #: Seconds that commands have to obey TERM when the grace of a stop is over.
 LAST_GRACE_S = 1.0
 
@@ -406,11 +399,6 @@ def lock(path: Path, refusal: str) -> int:
         return hold_file(str(path), refusal)
     except OSError as error:
         raise CannotCreate(f"{path}: {error.strerror}") from error
-
-
-def lasting(settings: Settings, section: str) -> Any:
-    """What of a section takes effect only at a start."""
-    return replace(getattr(settings, section), **dict.fromkeys(LIVE.get(section, ())))
 
 
 def set_up_log(settings: Settings) -> None:
