@@ -595,7 +595,34 @@ FAULTS = [
     ("[job a]\nexecutor = fork", 2, "executor: 'fork' is none of thread, process"),
     ("[job a]\ncommand = b\nexecutor = thread", 3, "executor: a command is a process anyway"),
     ("[job a]\nmax_jobs_per_child = 0", 2, "max_jobs_per_child: 0 is not between 1 and"),
-    ("[job a]\nschedule = 5 4 * * *", 2, "schedule: not yet available in this version"),
+    ("[job a]\nschedule = 0 0 31 2 *", 2, "schedule: '0 0 31 2 *' is no cron expression: Bad day"),
+    ("[job a]\nschedule = 5 4 * * * Europe/Berlni", 2, "(did you mean Europe/Berlin?)"),
+    ("[job a]\nparams = b\nschedule = @daily", 3, "schedule: b: is missing"),
+    ("[job a]\nschedule = @daily\n[schedule a]\ntype = a\ncron = @daily", 2, "[schedule a], too"),
+    ("[schedule]", 1, "[schedule] needs a name"),
+    ("[schedule ?]\nline = a\ncron = @daily\n[job a]", 1, "schedule '?' is not letters"),
+    ("[schedule s]\ncron = @daily", 1, "[schedule s] needs type = <job type>, or a line"),
+    ("[schedule s]\ntype = a\n[job a]", 1, "needs either cron = 0 3 * * * or every = 10m"),
+    ("[schedule s]\ntype = a\ncron = @daily\nevery = 1m\n[job a]", 3, "needs either cron"),
+    ("[schedule s]\ntype = a\nevery = 1ms\n[job a]", 3, "every: every 1ms: at least 1s"),
+    ("[schedule s]\ntype = a\ncron = @reboot\n[job a]", 3, "'@reboot' is none of @hourly"),
+    ("[schedule s]\ntype = a\ncron = @daily\ntimezone = Mars\n[job a]", 4, "no time zone 'Mars'"),
+    ("[schedule s]\ntype = hahs\ncron = @daily\n[job hash]", 2, "(did you mean hash?)"),
+    ("[schedule s]\nline = hahs a:b\ncron = @daily\n[job hash]", 2, "(did you mean hash?)"),
+    ("[schedule s]\nline = status\ncron = @daily", 2, "line: 'status' submits no job"),
+    ("[schedule s]\nline = a\nparams = b:c\ncron = @daily\n[job a]", 3, "line: has all"),
+    ("[schedule s]\nline = a b:1 @key:2\ncron = @daily\n[job a]", 2, "line: @key: has no meaning"),
+    (
+        "[schedule s]\ntype = a\nparams = fid:x\ncron = @daily\n[job a]\nparams = fid:int",
+        3,
+        "params: fid: 'x' is not a whole number",
+    ),
+    ("[schedule s]\ntype = notify\ncron = @daily\n[job notify]", 2, "queued by upq itself"),
+    (
+        "[schedule s]\ntype = a\ncron = @daily\nmissed = never\n[job a]",
+        4,
+        "missed: 'never' is none",
+    ),
     ("[job a]\non_fail = b", 2, "on_fail: not yet available in this version"),
     # Values
     ("[job a]\nenabled = maybe", 2, "enabled: 'maybe' is not yes or no"),
@@ -791,6 +818,7 @@ def test_a_file_that_cannot_be_read_is_one_fault(
 
 def test_every_field_is_declared_or_made_by_load() -> None:
     made = {"others", "name", "file", "line", "variables", "missing"}
+    made |= {"place", "request", "times"}
     for section in (*config.SECTIONS.values(), *config.OTHER_SECTIONS.values()):
         names = {field.name for field in dataclasses.fields(section)}
         assert names - {each.name for each in config.declared(section).values()} <= made

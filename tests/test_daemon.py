@@ -338,7 +338,9 @@ def test_hup_takes_over_a_good_configuration_and_keeps_the_old_one_when_it_is_no
     assert daemon.run("newcomer")["state"] == daemon.run("echo")["state"] == "done"
     assert daemon.say("reload").startswith("ERR refused ")
     daemon.config.write_text(good)
-    assert daemon.ask("reload") == {"reloaded": True, "warnings": []}
+    told = daemon.ask("reload")
+    assert [one["text"] for one in told["changes"]] == ["[job newcomer] removed"]
+    assert (told["reloaded"], told["warnings"]) == (True, [])
     assert daemon.say("newcomer").startswith("ERR unknown_command ")
     daemon.forgiven = ["retries: 'many'", "non", "not reloaded"]
 
@@ -371,7 +373,7 @@ def test_what_a_reload_takes_over_needs_no_restart(daemon: Daemon) -> None:
     set_(daemon, "db", keep_done="1h", debug="yes")
     assert daemon.ask("reload")["warnings"] == []
     set_(daemon, "db", durability="relaxed")
-    assert daemon.ask("reload")["warnings"] == ["[db] needs a restart"]
+    assert daemon.ask("reload")["warnings"] == ["[db] durability needs a restart"]
 
 
 def test_statements_are_logged_without_what_is_in_them_while_debug_is_on(daemon: Daemon) -> None:

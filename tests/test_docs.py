@@ -5,7 +5,8 @@ A page is worked through from top to bottom in a copy of the project:
 * `console`: lines after `$ ` are run, what stands below is what they print. Numbers stand for any
   number, `...` for any text.
 * `sh` is run as a whole, `php` too. `python` is run, or becomes `jobs/name.py` when it is the class
-  of a job; `ini` joins upq.cfg when it is of jobs only, else it is checked by itself.
+  of a job; `ini` joins upq.cfg when it is of jobs and schedules only, else it is checked by
+  itself.
 * `sql` is for a fresh database server; the `ini` after it is then how a daemon reaches that one.
 * Folders of the system are replaced by some below the copy.
 * `text` and what `<!-- not run: reason -->` stands before are for reading only.
@@ -205,9 +206,8 @@ class World:
         assert done.returncode == 0, f"{block}: {done.stdout}"
 
     def do_ini(self, block: Block) -> None:
-        of_jobs = all(
-            name.startswith("job ") for name in re.findall(r"^\[(.+)\]", block.text, re.M)
-        )
+        sections = re.findall(r"^\[(.+)\]", block.text, re.MULTILINE)
+        of_jobs = all(name.startswith(("job ", "schedule ")) for name in sections)
         includes = self.folder / "upq.d"
         file = includes / f"{block.line}.cfg" if of_jobs else self.folder / "page.cfg"
         includes.mkdir(exist_ok=True)
@@ -367,7 +367,7 @@ def test_promises_are_shown_by_tests_that_there_are() -> None:
     named = set(re.findall(r"tests/\w+\.py", page))
     assert named and all((ROOT / name).is_file() for name in named), named
     numbers = {int(n) for n in re.findall(r"\(P(\d+);", page)}
-    assert numbers == {1, 2, 3, 5, 10, 11, 12, 15, 16, 17, 18, 19}
+    assert numbers == {1, 2, 3, 5, 10, 11, 12, 13, 15, 16, 17, 18, 19}
 
 
 def test_the_architecture_page_has_the_floors_as_they_are() -> None:

@@ -132,7 +132,9 @@ class _Call:
         reply = client.request(line)
         queued = self._queued(reply)
         if reply.code:
-            self._fail(reply.code, reply.message, REFUSED)
+            # The faults of a configuration, one a line.
+            text = reply.message.replace("\\n", "\n") if verb == "reload" else reply.message
+            self._fail(reply.code, text, REFUSED)
         elif self.args.quiet:
             _print_ids(reply)
         elif not self.args.json:
@@ -241,6 +243,10 @@ _COLUMNS: Mapping[str, Sequence[str]] = {
         *("queue", "type", "queued", "blocked", "running", "done", "failed", "cancelled"),
         *("expired", "concurrent", "oldest_queued_s", "reason"),
     ),
+    "schedules": (
+        *("name", "type", "expression", "timezone", "english"),
+        *("last_at", "last_job", "last_state", "next"),
+    ),
 }
 _COLORS = {"done": 32, "failed": 31, "running": 36, "blocked": 33, "cancelled": 35, "expired": 35}
 #: Characters that a column keeps, however narrow the terminal.
@@ -265,6 +271,10 @@ class _Screen:
             self._end(data["job"])
         elif verb == "why":
             print(_visible(data["why"]))
+        elif verb == "reload":
+            lines = [change["text"] for change in data["changes"]] or ["nothing has changed"]
+            lines += [f"warning: {text}" for text in data["warnings"]]
+            print(*map(_visible, lines), sep="\n")
         elif verb == "show":
             job = {key: value for key, value in data["job"].items() if value}
             if job.get("jobdata") == job.get("params"):
@@ -346,6 +356,8 @@ class _Screen:
             return wire.one_line(_words(value))
         if self.is_terminal and key.endswith("_s") and isinstance(value, int | float):
             return _short(value)
+        if key == "next" and isinstance(value, list):
+            return ", ".join(self._cell("next_at", at) for at in value)
         if not isinstance(value, str):
             return _json(value)
         if self.is_terminal and (key == "at" or key.endswith("_at")):

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from upq import when
 from upq.access import unknown_principals
-from upq.errors import ConfigError
+from upq.errors import ConfigError, RequestError
 from upq.gates import Free, Gate, Load, Window
 from upq.ini import Ini, Item, Place
 from upq.job import WHEN_BUSY
@@ -31,6 +31,7 @@ from upq.kinds import (
     COMMAND,
     CONCURRENT,
     CPU_TIME,
+    CRON,
     DATABASE,
     DESCRIPTOR,
     DURATION,
@@ -40,6 +41,7 @@ from upq.kinds import (
     FOLDER,
     GROUP,
     IO_CLASS,
+    KEPT,
     KEY,
     LOAD,
     LOG_FORMAT,
@@ -65,6 +67,7 @@ from upq.kinds import (
     TEMPLATE,
     TEXT,
     TIME_LIMIT,
+    TIMES,
     UNIQUE,
     USER,
     WINDOW,
@@ -79,7 +82,7 @@ from upq.kinds import (
 )
 from upq.notify import NOTIFY
 from upq.params import Param, ParamSpec, names_in, shown, suggest
-from upq.protocol import VERBS
+from upq.protocol import SUBMIT, VERBS, Request, parse
 from upq.rates import Rate
 
 T = TypeVar("T")
@@ -446,6 +449,19 @@ class JobSettings:
         ALLOWED, "", "Who may submit it on the UNIX socket; empty: as in `[access]`."
     )
     output_limit_bytes: int = setting(SIZE, "1M", "Output kept of an attempt, head and tail.")
+    schedule: when.Times | None = setting(
+        TIMES,
+        "",
+        "Queue a job without parameters at these times: `0 3 * * *`, `@daily Europe/Berlin`,"
+        " `every 10m`; for more there is `[schedule <name>]`.",
+    )
+    keep_s: float | None = setting(
+        KEPT, "", "How long ended jobs of this type stay visible; empty: as `[db]` says."
+    )
+    keep_done_s: float | None = setting(KEPT, "", "The same for those that are done.")
+    keep_failed_s: float | None = setting(
+        KEPT, "", "The same for those that failed, were cancelled or expired."
+    )
     #: Every key of the section as text: `self.jobcfg` of its jobs.
     variables: dict[str, str] = field(default_factory=dict, repr=False)
     #: Neither a file in jobs_dir nor a command: the type cannot run.
@@ -455,6 +471,48 @@ class JobSettings:
     def gates(self) -> tuple[Gate, ...]:
         """All that have to be open for its jobs to start."""
         return tuple(filter(None, (self.window, self.load_below, *self.min_free)))
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleSettings:
+    """Jobs that are queued by the clock, once for each time however many daemons watch. A job's
+    submitter is `schedule <name>`. See [schedules](schedules.md).
+    """
+
+    name: str
+    #: Where it stands: file and line.
+    place: str = ""
+    type: str = setting(TEXT, "", "The type of the jobs.")
+    params: str = setting(
+        TEXT, "", "Parameters and options of the jobs, as in a submit: `fid:50 @priority:low`."
+    )
+    line: str = setting(
+        TEXT, "", "A whole submit in place of `type` and `params`: `verify_local_file fid:50`."
+    )
+    cron: str = setting(
+        CRON,
+        "",
+        "Minute, hour, day of month, month, day of week: `0 3 * * 1-5`; with six fields seconds"
+        " stand first. Also `@hourly`, `@daily`, `@weekly`, `@monthly`, `@yearly`.",
+    )
+    every_s: float = setting(
+        DURATION, "0", "An interval in place of `cron`, counted from 1970 UTC; at least 1s."
+    )
+    timezone: str = setting(
+        TEXT, "", "Time zone of `cron`: `Europe/Berlin`; empty: at its end, or the machine's own."
+    )
+    missed: str = setting(
+        one_of("skip", "once", "all"),
+        "once",
+        "What to do for times at which no daemon was there, more than a minute ago: nothing, one"
+        " job for all of them, or one for each.",
+    )
+    max_late_s: float = setting(
+        DURATION, "0", "Times longer ago than this are passed over for good; 0: never."
+    )
+    #: What is submitted, and when.
+    request: Request = Request(SUBMIT, "", {})
+    times: when.Times | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -477,6 +535,10 @@ class Settings:
     #: In the order of the file.
     pools: dict[str, PoolSettings] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
+    #: Sections and `schedule =` of job types, by name.
+    schedules: dict[str, ScheduleSettings] = field(default_factory=dict)
+    #: What is written in the sections, by section and key.
+    texts: dict[str, dict[str, str]] = field(default_factory=dict, repr=False)
 
     @property
     def pools_here(self) -> dict[str, PoolSettings]:
@@ -501,20 +563,33 @@ OTHER_SECTIONS: dict[str, Any] = {
     "pool <name>": PoolSettings,
     "tokens": Tokens,
     "job <type>": JobSettings,
+    "schedule <name>": ScheduleSettings,
+}
+
+#: Sections of which there are several, with what their name is.
+NAMED = {
+    "job": "type: [job hash]",
+    "pool": "name: [pool storage]",
+    "schedule": "name: [schedule nightly]",
 }
 
 #: What later versions bring: refused clearly rather than ignored. "" holds sections.
-LATER = {
-    "": ("http", "schedule", "autoscale"),
-    "listen": ("tls", "tokens"),
-    "job": ("on_fail", "schedule", "keep"),
-}
+LATER = {"": ("http", "autoscale"), "listen": ("tls", "tokens"), "job": ("on_fail",)}
 
 #: Settings of a `[job ...]` that say how its command runs.
 COMMAND_ONLY = {
     "stdin", "success_codes", "retry_codes", "abort_codes", "result", "progress", "progress_fd",
     "env", "cwd", "nice", "ionice", "memory_limit", "cpu_limit", "file_limit", "open_files",
 }  # fmt: skip
+
+#: What takes effect at a start only.
+FIXED = {
+    "daemon": ("detach_process", "pidfile", "umask", "uid", "gid", "chroot_directory"),
+    "paths": ("socket", "socket_chmod", "state_dir"),
+    "db": ("url", "durability"),
+    "listen": ("tcp", "max_connections", "max_per_peer", "idle", "line", "write"),
+    "node": ("name",),
+}
 
 #: Bytes that the kernel allows the path of a UNIX socket.
 SOCKET_LIMIT_BYTES = 107
@@ -766,6 +841,99 @@ def _circle(graph: Mapping[str, Iterable[str]]) -> list[str]:
     return []
 
 
+def _schedules(
+    names: Iterable[str], jobs: Mapping[str, JobSettings], ini: Ini
+) -> dict[str, ScheduleSettings]:
+    """Sections, and `schedule =` of job types, which have the name of the type."""
+    made = {name: _schedule(name, jobs, ini) for name in names}
+    for job in jobs.values():
+        if job.schedule is None:
+            continue
+        place = ini.place(f"job {job.name}", "schedule")
+        if job.name in made:
+            ini.fault(place, f"schedule: there is [schedule {job.name}], too")
+            continue
+        made[job.name] = ScheduleSettings(
+            job.name,
+            str(place),
+            job.name,
+            request=Request(SUBMIT, job.name, {}),
+            times=job.schedule,
+        )
+        _check_scheduled(made[job.name], jobs, place, "schedule", ini)
+    return made
+
+
+def _schedule(name: str, jobs: Mapping[str, JobSettings], ini: Ini) -> ScheduleSettings:
+    section = ini.sections[f"schedule {name}"]
+    if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", name):
+        ini.fault(section.place, f"schedule {shown(name)} is not letters, digits, '_', '.' and '-'")
+    made = _fill(ScheduleSettings, section.name, ini, name=name, place=str(section.place))
+    keys = [key for key in ("line", "type", "params") if getattr(made, key)]
+    place = ini.place(section.name, *keys[-1:])
+    if keys in ([], ["params"]):
+        ini.fault(section.place, f"[{section.name}] needs type = <job type>, or a line")
+    elif keys[0] == "line" and len(keys) > 1:
+        ini.fault(place, f"line: has all that a submit has; {keys[1]} is given, too")
+    elif request := _request(made, place, keys[-1], ini):
+        made = replace(made, type=request.verb, request=request)
+        _check_scheduled(made, jobs, place, keys[-1], ini)
+    return _with_times(made, ini)
+
+
+def _request(made: ScheduleSettings, place: Place, key: str, ini: Ini) -> Request | None:
+    """What a schedule submits, or None and a fault."""
+    try:
+        request = parse((made.line or f"{made.type} {made.params}").encode())
+    except RequestError as error:
+        ini.fault(place, f"{key}: {error}")
+        return None
+    if request is None or request.kind != SUBMIT or (made.type and request.verb != made.type):
+        ini.fault(place, f"{key}: {shown(made.line or made.type)} submits no job")
+        return None
+    for option in ("run_at", "key", "after"):
+        if getattr(request.options, option) is not None:
+            spelt = "@at" if option == "run_at" else f"@{option}"
+            ini.fault(place, f"{key}: {spelt}: has no meaning for a job that comes again")
+    return request
+
+
+def _check_scheduled(
+    made: ScheduleSettings, jobs: Mapping[str, JobSettings], place: Place, key: str, ini: Ini
+) -> None:
+    """Fault a type that there is not and parameters that it does not take."""
+    job = jobs.get(made.type)
+    if job is None:
+        ini.fault(place, f"{key}: no section [job {made.type}]{suggest(made.type, jobs)}")
+        return
+    if made.type == NOTIFY:
+        ini.fault(place, f"{key}: notify is queued by upq itself")
+    if not job.enabled or job.missing:
+        ini.warn(place, f"{key}: [job {made.type}] is disabled: its jobs will wait")
+    try:
+        if job.params is not None:
+            job.params.check(made.request.params, job.secret)
+    except RequestError as error:
+        ini.fault(place, f"{key}: {error}")
+
+
+def _with_times(made: ScheduleSettings, ini: Ini) -> ScheduleSettings:
+    section = f"schedule {made.name}"
+    place = ini.place(section, "cron", "every")
+    written = ini.sections[section].items
+    if bool(made.cron) == ("every" in written):
+        ini.fault(place, f"[{section}] needs either cron = 0 3 * * * or every = 10m")
+        return made
+    text = made.cron or f"every {written['every'].text}"
+    try:
+        return replace(made, times=when.Times.read(text, made.timezone))
+    except ValueError as error:
+        in_zone = made.timezone and "time zone" in str(error)
+        key = "timezone" if in_zone else "cron" if made.cron else "every"
+        ini.fault(ini.place(section, key), f"{key}: {error}")
+        return made
+
+
 def _warn_of_silence(jobs: Mapping[str, JobSettings], modules: set[str], ini: Ini) -> None:
     """Notifications are jobs of a type of their own, which needs no section."""
     if jobs[NOTIFY].enabled if NOTIFY in jobs else NOTIFY in modules:
@@ -784,22 +952,25 @@ def _warn_of_strangers(access: Access, jobs: Mapping[str, JobSettings], ini: Ini
             ini.warn(ini.place(section, key), f"{key}: {name} is not known on this machine")
 
 
-def _named(ini: Ini) -> Iterator[tuple[str, str]]:
-    """The types and pools that have a section; of all other sections, say which are unknown."""
+def _named(kind: str, ini: Ini) -> Iterator[str]:
+    """The names of all sections of a kind."""
+    for name in ini.sections:
+        this, _, rest = name.partition(" ")
+        if this == kind and rest:
+            yield rest
+
+
+def _check_sections(ini: Ini) -> None:
+    """Say of which sections nothing is known."""
     for name, section in ini.sections.items():
-        kind, _, own = name.partition(" ")
-        if kind in ("job", "pool") and own:
-            yield kind, own
-        elif kind == "job":
-            ini.fault(section.place, "[job] needs a type: [job hash]")
-        elif kind == "pool":
-            ini.fault(section.place, "[pool] needs a name: [pool storage]")
+        kind, _, rest = name.partition(" ")
+        if kind in NAMED:
+            if not rest:
+                ini.fault(section.place, f"[{kind}] needs a {NAMED[kind]}")
         elif kind in LATER[""]:
             ini.fault(section.place, f"[{name}]: {NOT_YET}")
         elif name not in SECTIONS and name != "tokens":
-            ini.fault(
-                section.place, f"no section [{name}]{suggest(kind, (*SECTIONS, 'job', 'pool'))}"
-            )
+            ini.fault(section.place, f"no section [{name}]{suggest(kind, (*SECTIONS, *NAMED))}")
 
 
 def _with_socket(paths: Paths, ini: Ini) -> Paths:
@@ -832,19 +1003,37 @@ def load(path: str | os.PathLike[str], env: Mapping[str, str] = os.environ) -> S
     paths = parts["paths"] = _with_socket(parts["paths"], ini)
     parts["db"] = _with_file(parts["db"], paths.state_dir, ini)
     modules = {module.stem for module in Path(paths.jobs_dir).glob("*.py")}
-    named = list(_named(ini))
-    jobs = {name: _job(name, modules, ini) for kind, name in named if kind == "job"}
-    pools = {name: _pool(name, ini) for kind, name in named if kind == "pool"}
+    _check_sections(ini)
+    jobs = {name: _job(name, modules, ini) for name in _named("job", ini)}
+    pools = {name: _pool(name, ini) for name in _named("pool", ini)}
     tokens = _tokens(ini)
     _check_limits(jobs, tokens, parts["node"], pools, ini)
+    schedules = _schedules(_named("schedule", ini), jobs, ini)
     _check_subjobs(jobs, ini)
     _warn_of_silence(jobs, modules, ini)
     _warn_of_strangers(parts["access"], jobs, ini)
     if ini.faults:
         raise ConfigError(ini.faults)
     file, *included = map(os.path.abspath, ini.files)
+    texts = {
+        section.name: {key: item.text for key, item in section.items.items() if item.text}
+        for section in ini.sections.values()
+    }
+    for name, cls in SECTIONS.items():
+        for key, each in declared(cls).items():
+            # What a file holds, which the section only names.
+            if each.secret and texts[name].pop(f"{key}_file", ""):
+                texts[name][key] = getattr(parts[name], each.name)
     return Settings(
-        file, (file, *included), ini.warnings, jobs=jobs, pools=pools, tokens=tokens, **parts
+        file,
+        (file, *included),
+        ini.warnings,
+        jobs=jobs,
+        pools=pools,
+        tokens=tokens,
+        schedules=schedules,
+        texts=texts,
+        **parts,
     )
 
 

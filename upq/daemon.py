@@ -13,7 +13,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from upq.command import CommandJob
 from upq.config import Settings
 from upq.db import Database, hold_file
 from upq.desk import Ends, JobDesk
+from upq.difference import changes, code_of
 from upq.dispatcher import Dispatcher
 from upq.errors import (
     CannotCreate,
@@ -33,23 +33,23 @@ from upq.errors import (
     StartError,
 )
 from upq.events import Bus
-from upq.job import CANCELLED, DONE, EXPIRED, FAILED
 from upq.jobtypes import JobTypes, pool_key
 from upq.lobby import Lobby
 from upq.plugins import UpqJob
 from upq.pool import Pool, SharedPool
 from upq.process import ProcessJob
 from upq.queue import BEAT_S, Queue
+from upq.retention import Retention
 from upq.runner import Runner
+from upq.schedule import Scheduler, faults_of
 from upq.server import Door, Place, bind_tcp, bind_unix
-from upq.statements import CHUNK
 from upq.trees import Lifeline, end_orphans
 from upq.views import Views
 
 log = logging.getLogger("upq")
 
-#: Seconds between two looks for jobs older than the retention.
-PURGE_S = 10.0
+#: Seconds between two looks for jobs older than the retention, and for slots older than a day.
+PURGE_S, PURGE_SLOTS_S, SLOTS_KEPT_S = 10.0, 600.0, 86400
 #: Seconds between two looks at lines of `serial` that nobody moves.
 LINES_S = 60.0
 #: Seconds between two looks for what executors keep and do not need.
@@ -58,13 +58,6 @@ TIDY_S = 10.0
 DAMAGED = 65
 #: Failures of one of the daemon's own threads after which it gives up.
 ROLE_FAILURES = 5
-#: What a reload takes over of sections that are else fixed until a restart.
-LIVE = {
-    "daemon": ("grace_s",),
-    "db": ("debug", "keep_done_s", "keep_failed_s"),
-    "listen": ("max_queue",),
-    "node": ("pools",),
-}
 #: Seconds that commands have to obey TERM when the grace of a stop is over.
 LAST_GRACE_S = 1.0
 
@@ -107,16 +100,20 @@ class Daemon:
         self._clock.every(PURGE_S, "retention", self._purge)
         self._clock.every(LINES_S, "turns", self._queue.mend_lines)
         self._clock.every(TIDY_S, "tidy", self._runner.tidy)
+        self._clock.every(PURGE_SLOTS_S, "slots", self._purge_slots)
         interval_s = systemd.watchdog_interval_s()
         if interval_s is not None:
             self._clock.every(interval_s, "watchdog", self._ping_watchdog)
         self._start_role("claimer", self._claimer.run)
         self._start_role("chores", self._tick)
+        self._start_role("schedules", self._scheduler.run)
         self._lobby.start()
         for door in self._doors:
             door.start()
         for kind in self._types.broken():
             log.error("[job %s] is broken: %s", kind.name, kind.fault)
+        for fault in faults_of(settings, self._types):
+            log.warning("%s", fault)
         took_s = time.monotonic() - began_s
         doors = ", ".join(map(str, self._doors))
         log.info("ready in %.3f s: %s serves %s", took_s, self._database, doors)
@@ -164,6 +161,7 @@ class Daemon:
         """Wire the parts; nothing runs yet."""
         settings = self.settings
         self._types = JobTypes(settings, self._lifeline)
+        self._code = code_of(settings.paths.jobs_dir)
         self._views = Views(
             self._database,
             self._hold,
@@ -180,6 +178,10 @@ class Daemon:
         self._runner.desk = self._dispatcher.desk = desk
         self._dispatcher.reload = self.reload
         self._dispatcher.abandoned = lambda: self._runner.threads.abandoned
+        self._retention = Retention(self._queue, settings)
+        self._scheduler = Scheduler(self._queue, self._dispatcher.scheduled)
+        self._scheduler.configure(settings.schedules)
+        self._dispatcher.schedules = self._scheduler.list_all
         self._make_pools()
         self._bus.subscribe(self._ends.hear)
 
@@ -286,14 +288,10 @@ class Daemon:
             pass
 
     def _purge(self) -> None:
-        """Delete what is older than the retention; for a second at the most, others wait."""
-        db, over_s = self.settings.db, time.monotonic() + 1.0
-        for state in (DONE, FAILED, CANCELLED, EXPIRED):
-            keep_s = db.keep_done_s if state == DONE else db.keep_failed_s
-            before = when.now() - round(keep_s * 1e6)
-            while self._queue.purge(state, before) == CHUNK and time.monotonic() < over_s:
-                if self._stopped.wait(0.02):
-                    return
+        self._retention.step(self._stopped.wait)
+
+    def _purge_slots(self) -> None:
+        self._queue.purge_slots(when.now() - SLOTS_KEPT_S * 1_000_000)
 
     def _ping_watchdog(self) -> None:
         """Tell systemd that we live, if the claimer has come round since we woke it last."""
@@ -313,6 +311,8 @@ class Daemon:
             if signum in (signal.SIGHUP, signal.SIGUSR1):
                 try:
                     self.reload()
+                except Refused:
+                    continue  # the log has all of it
                 except Exception as error:
                     log.error("not reloaded: %s", error)
             elif signum == signal.SIGUSR2:
@@ -324,10 +324,10 @@ class Daemon:
         for name in ("TERM", "INT", "HUP", "USR1", "USR2"):
             signal.signal(signal.Signals[f"SIG{name}"], lambda *_: None)
 
-    def reload(self) -> list[str]:
+    def reload(self) -> dict[str, Any]:
         """Read the configuration again; with faults in it the old one stays, and Refused says so.
 
-        Returns warnings: what takes effect only after a restart among them.
+        Returns what has changed, and warnings: what takes effect only after a restart among them.
         """
         with self._reloading:
             systemd.notify_reloading()
@@ -335,23 +335,38 @@ class Daemon:
                 settings = self._load()
                 set_up_log(settings)
             except StartError as error:
-                faults = "; ".join(str(error).splitlines())
-                raise Refused(f"the old configuration stays: {faults}") from error
+                for fault in str(error).splitlines():
+                    log.error("not reloaded, the old configuration stays: %s", fault)
+                raise Refused(f"the old configuration stays:\n{error}") from error
             finally:
                 systemd.notify("READY=1")
-            fixed = ("daemon", "db", "paths", "node", "listen")
-            changed = [s for s in fixed if lasting(settings, s) != lasting(self._at_start, s)]
-            warnings = [*settings.warnings, *(f"[{s}] needs a restart" for s in changed)]
-            self.settings = settings
+            code = code_of(settings.paths.jobs_dir)
+            changed = changes(self.settings, settings, self._code, code)
+            later = changes(self._at_start, settings)
+            self.settings, self._code = settings, code
             self._types.configure(settings)
             self._runner.renew()
             self._dispatcher.configure(settings)
+            self._retention.configure(settings)
             self._make_pools()
+            self._scheduler.configure(settings.schedules)
             self._claimer.heat()
+            warnings = [
+                *settings.warnings,
+                *(f"[job {kind.name}] is broken: {kind.fault}" for kind in self._types.broken()),
+                *faults_of(settings, self._types),
+                *(
+                    f"[{c['section']}] {c['setting']} needs a restart"
+                    for c in later
+                    if c["restart"]
+                ),
+            ]
+            for change in changed:
+                log.info("reload: %s", change["text"])
             for warning in warnings:
                 log.warning("%s", warning)
             log.info("reloaded %s", settings.file)
-            return warnings
+            return {"changes": changed, "warnings": warnings}
 
     # Stop
 
@@ -377,6 +392,7 @@ class Daemon:
         if not self._claimer.flush(time.monotonic() + 2.0):
             log.error("the database is away: ends of jobs are not stored, they will run again")
         self._stopped.set()
+        self._scheduler.stop(2.0)
         if not self._keep_node:
             with contextlib.suppress(RequestError):
                 self._queue.close()
@@ -423,11 +439,6 @@ def lock(path: Path, refusal: str) -> int:
         return hold_file(str(path), refusal)
     except OSError as error:
         raise CannotCreate(f"{path}: {error.strerror}") from error
-
-
-def lasting(settings: Settings, section: str) -> Any:
-    """What of a section takes effect only at a start."""
-    return replace(getattr(settings, section), **dict.fromkeys(LIVE.get(section, ())))
 
 
 def set_up_log(settings: Settings) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from upq import protocol, when
 from upq.access import Access, Peer
 from upq.claimer import Claimer
-from upq.config import Settings
+from upq.config import ScheduleSettings, Settings
 from upq.desk import Ends
 from upq.errors import (
     BadParams,
@@ -84,8 +84,11 @@ class Dispatcher:
         self._length = (0.0, 0)
         #: Set when the daemon begins to stop: submits are refused.
         self.stopping = False
-        #: What `reload` does; set by the daemon, raises RequestError when the file has faults.
-        self.reload: Callable[[], list[str]] = list
+        #: What `reload` does and answers; set by the daemon, raises RequestError when the file has
+        #: faults.
+        self.reload: Callable[[], dict[str, Any]] = dict
+        #: The schedules, each with its next slots; set by the daemon.
+        self.schedules: Callable[[], list[tuple[ScheduleSettings, list[int]]]] = list
         #: How many threads hang in jobs that were given up; set by the daemon.
         self.abandoned: Callable[[], int] = int
         self._counters = Counter[str]()
@@ -95,8 +98,8 @@ class Dispatcher:
             "status": self._status, "queues": self._queues, "jobs": self._jobs,
             "show": self._show, "output": self._output, "cancel": self._cancel,
             "retry": self._retry, "wait": self._wait, "check": self._check, "why": self._why,
-            "nodes": self._nodes, "pause": self._pause, "resume": self._resume,
-            "reload": self._reload, "drain": self._drain,
+            "nodes": self._nodes, "schedules": self._schedules, "pause": self._pause,
+            "resume": self._resume, "reload": self._reload, "drain": self._drain,
         }  # fmt: skip
         self._types = types
         self.configure(settings)
@@ -190,6 +193,26 @@ class Dispatcher:
         if isinstance(stored, RequestError):
             raise stored
         return stored[0]
+
+    def scheduled(self, schedule: ScheduleSettings, at: int) -> NewJob:
+        """The job of a schedule for one of its slots. Nothing refuses it: it waits while its type
+        cannot run, and what it has wrong fails it when it runs, which is told as any failure.
+        """
+        request = schedule.request
+        who = f"schedule {schedule.name}"
+        new = NewJob(request.verb, dict(request.params), submitter=who)
+        try:
+            kind = self._types.get(request.verb)
+            new.priority = kind.cfg.priority
+            new.params = kind.accept(request.params)
+            self._set_options(new, kind, request.options)
+            if kind.cfg.queue or request.options.queue:
+                self._set_queue(new, kind, request.options.queue)
+        except RequestError as error:
+            log.warning("%s: %s", who, error)
+        new.run_at = at + round((request.options.in_s or 0) * 1e6)
+        self._types.limit([new])
+        return new
 
     def _store(self, new: list[list[NewJob]]) -> list[Any]:
         if not new:
@@ -528,6 +551,31 @@ class Dispatcher:
         self._must_read(peer)
         return {"nodes": self._views.nodes()}
 
+    def _schedules(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
+        self._must_read(peer)
+        known = self.schedules()
+        fired = self._views.fired([one.name for one, _ in known])
+        return {
+            "schedules": [
+                {
+                    "name": one.name,
+                    "type": one.type,
+                    "params": mask(one.request.params, self._types.secret),
+                    "expression": one.times.expression,
+                    "english": one.times.explain(),
+                    "timezone": one.times.zone,
+                    "missed": one.missed,
+                    "last_at": when.iso(last[0]) if last else None,
+                    "last_job": last[1] if last else None,
+                    "last_state": last[2] if last else None,
+                    "next": [when.iso(at) for at in coming],
+                }
+                for one, coming in known
+                if one.times is not None
+                for last in [fired.get(one.name)]
+            ]
+        }
+
     def _pause(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
         self._must_admin(peer, "pause")
         self._queue.pause(args["queue"], True)
@@ -553,7 +601,7 @@ class Dispatcher:
 
     def _reload(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
         self._must_admin(peer, "reload")
-        return {"reloaded": True, "warnings": self.reload()}
+        return {"reloaded": True, **self.reload()}
 
     # Rights
 

@@ -216,7 +216,7 @@ class JobTypes:
             kind = self.by_name.get(one.type)
             if kind is not None and kind.limited:
                 try:
-                    limits = kind.limits(one.params)
+                    limits = kind.limits(one.params, one.run_at)
                 except BadParams:
                     continue
                 busy = REPLACE if limits.when_busy == REPLACE else QUEUE

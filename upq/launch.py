@@ -23,6 +23,7 @@ from upq.config import Settings
 from upq.daemon import Daemon, lock, set_up_log
 from upq.errors import CannotCreate, ConfigError, NotAllowed, StartError
 from upq.jobtypes import JobTypes
+from upq.schedule import faults_of
 
 #: Python's default of 5 ms lets one busy job delay every reply.
 SWITCH_S = 0.0005
@@ -99,10 +100,14 @@ def check(settings: Settings) -> int:
     """Report what is wrong beyond the ini file itself: the job modules."""
     for warning in settings.warnings:
         print(f"warning: {warning}")
-    broken = JobTypes(settings).broken()
-    for kind in broken:
-        print(f"{kind.cfg.file}:{kind.cfg.line}: [job {kind.name}] {kind.fault}")
-    if broken:
+    types = JobTypes(settings)
+    faults = [
+        f"{kind.cfg.file}:{kind.cfg.line}: [job {kind.name}] {kind.fault}"
+        for kind in types.broken()
+    ]
+    faults += faults_of(settings, types)
+    print(*faults, sep="\n", end="\n" if faults else "")
+    if faults:
         return ConfigError.exit_status
     print(f"{settings.file}: {len(settings.jobs)} job types, all well")
     return 0

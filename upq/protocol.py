@@ -94,7 +94,7 @@ VERBS: Mapping[str, Verb] = {
     "check": Verb("<line...>", "would this line be accepted? Nothing is queued"),
     "why": Verb("<id>", "what a job that is not running waits for"),
     "nodes": Verb("", "the daemons that share the database"),
-    "schedules": Verb("", "what starts at which times"),
+    "schedules": Verb("", "what is queued at which times, with the last and the next runs"),
     "pause": Verb("<queue>", "start no more jobs of a queue"),
     "resume": Verb("[queue:hash]", "undo pause; without a queue, undo drain"),
     "reload": Verb("", "read the configuration again"),

@@ -11,7 +11,8 @@ import logging
 import os
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from upq import statements as st
@@ -68,6 +69,40 @@ class Lane(NamedTuple):
     queue: str
     type: str
     paused: bool
+
+
+def always(type: str) -> bool:
+    return True
+
+
+@dataclass(slots=True)
+class Walk:
+    """A way through the jobs of one final state, from the first that ended on."""
+
+    #: Whether jobs of this type are to go.
+    due: Callable[[str], bool] = always
+    #: The end and the id of the last job seen.
+    mark: tuple[int, int] = (-1, 0)
+    #: Nothing is left that ended before the time given.
+    is_over: bool = False
+
+
+class Due(NamedTuple):
+    """Slots of a schedule whose time has come, in order, each with its job or None to pass it."""
+
+    schedule: str
+    #: The last slot that was known before.
+    after: int
+    slots: list[tuple[int, NewJob | None]]
+
+
+class Fired(NamedTuple):
+    """What has become of them."""
+
+    #: The last slot now; None when another daemon has the schedule in hand.
+    last: int | None
+    #: The slots with the jobs that are queued now, or why they are not.
+    jobs: list[tuple[int, Accepted | RequestError]]
 
 
 class Claims(Protocol):
@@ -601,14 +636,23 @@ class Queue:
         nodes = self._act(nodes_of)
         return [id for id in nodes if self._is_dead(id, nodes)]
 
-    def purge(self, state: str, before: int) -> int:
-        """Delete at most CHUNK jobs of a final state that ended before a time, and their history.
+    def purge(self, state: str, before: int, walk: Walk | None = None) -> int:
+        """Delete jobs of a final state that ended before a time, with their history.
 
+        Looks at no more than CHUNK jobs, the next of the walk; returns how many it has deleted.
         Kept are children of a parent that has not ended, and what others wait for.
         """
+        on = walk or Walk()
 
-        def run(batch: Batch) -> int:
-            old = batch.tx.fetch(st.OUTDATED, state=state, before=before)
+        def run(batch: Batch) -> tuple[int, list[Any]]:
+            ended_at, above = on.mark
+            page = batch.tx.fetch(st.ENDED_ALIKE, state=state, ended_at=ended_at, above=above)
+            if len(page) < st.CHUNK:
+                page += batch.tx.fetch(
+                    st.ENDED_LATER, state=state, ended_at=ended_at, before=before
+                )[: st.CHUNK - len(page)]
+            ids = [(id,) for id, type, at in page if at < before and on.due(type)]
+            old = unneeded(batch, state, sorted(ids)) if ids else []
             ids = sorted((row[0],) for row in old)
             if ids:
                 for sql in (
@@ -618,9 +662,92 @@ class Queue:
                     st.DELETE_JOBS,
                 ):
                     batch.tx.run_rows(sql, ids)
-                for _, lane_id in old:
+                for _, lane_id, *_ in old:
                     batch.tally[lane_id, state] -= 1
-            return len(ids)
+            return len(ids), page
+
+        count, page = self._act(run)
+        if page:
+            on.mark = (page[-1][2], page[-1][0])
+        on.is_over = len(page) < st.CHUNK
+        return int(count)
+
+    # Schedules
+
+    def enter_schedules(self, digests: Mapping[str, int], now: int, until: int) -> dict[str, int]:
+        """Make schedules known, each with a digest of its times; returns the last slot of each.
+
+        One that is new or has changed begins now: what was before is not made up for.
+        """
+        names = sorted((name,) for name in digests)
+
+        def run(batch: Batch) -> dict[str, int]:
+            batch.tx.run_rows(st.ADD_SLOTS, [(name, 0, None) for (name,) in names])
+            known = dict(batch.tx.fetch_rows(st.SCHEDULE_HEADS, names))
+            changed = [name for name, digest in known.items() if digest != digests[name]]
+            for name in changed:
+                batch.tx.run(st.SET_HEAD, schedule=name, digest=digests[name])
+            lasts = dict(batch.tx.fetch_rows(st.LAST_SLOTS, names, until=until))
+            if begin := [(name, now, None) for name in lasts if name in changed or not lasts[name]]:
+                batch.tx.run_rows(st.ADD_SLOTS, begin)
+                lasts = dict(batch.tx.fetch_rows(st.LAST_SLOTS, names, until=until))
+            return lasts
+
+        found: dict[str, int] = self._act(run)
+        return found
+
+    def fire(self, due: Sequence[Due], until: int) -> list[Fired]:
+        """Queue the jobs of these slots and take the slots, in one transaction; none twice.
+
+        A schedule that another daemon has in hand is left alone.
+        """
+        changes = [[self._change([job]) if job else None for _, job in one.slots] for one in due]
+        names = sorted((one.schedule,) for one in due)
+
+        def run(batch: Batch) -> list[Fired]:
+            free = {row[0] for row in batch.tx.fetch_rows(st.HEADS_FREE, names)}
+            last = dict(batch.tx.fetch_rows(st.LAST_SLOTS, names, until=until))
+            mine = [one.schedule in free and last[one.schedule] == one.after for one in due]
+            submits = [
+                new
+                for ours, news in zip(mine, changes, strict=True) if ours
+                for new in news if new
+            ]  # fmt: skip
+            stored = iter(batch.insert(submits))
+            fired: list[Fired] = []
+            rows: list[tuple[str, int, int | None]] = []
+            for one, ours in zip(due, mine, strict=True):
+                if not ours:
+                    fired.append(Fired(last[one.schedule] if one.schedule in free else None, []))
+                    continue
+                jobs = [(at, next(stored)) for at, job in one.slots if job]
+                told = [(at, r if isinstance(r, RequestError) else r[0]) for at, r in jobs]
+                ids = {at: r.id for at, r in told if isinstance(r, Accepted)}
+                rows += [(one.schedule, at, ids.get(at)) for at, _ in one.slots]
+                fired.append(Fired(one.slots[-1][0], told))
+            if rows:
+                batch.tx.run_rows(st.INSERT_SLOTS, rows)
+            return fired
+
+        found: list[Fired] = self._act(run)
+        return found
+
+    def purge_slots(self, before: int) -> int:
+        """Delete old slots, but the last of each schedule and the last that fired."""
+
+        def run(batch: Batch) -> int:
+            count, names = 0, batch.tx.fetch(st.NEXT_SCHEDULE, after="")
+            while names:
+                name = names[0][0]
+                ends = batch.tx.fetch_rows(st.LAST_SLOTS, [(name,)], until=before)
+                ends += batch.tx.fetch(st.LAST_FIRED, schedule=name)
+                upto = min([before, *(row[-1] for row in ends)])
+                old = batch.tx.fetch(st.OLD_SLOTS, schedule=name, before=upto)
+                if old:
+                    batch.tx.run(st.DELETE_SLOTS, schedule=name, upto=old[-1][0])
+                count += len(old)
+                names = batch.tx.fetch(st.NEXT_SCHEDULE, after=name)
+            return count
 
         return int(self._act(run))
 
@@ -646,6 +773,15 @@ def one_row(batch: Batch, id: int) -> Any:
     if not found:
         raise NotFound(f"no job {id}")
     return found[0]
+
+
+def unneeded(batch: Batch, state: str, ids: list[tuple[int]]) -> list[Any]:
+    """Of these jobs, locked, those in the state that no parent and no other job needs."""
+    found = [row for row in batch.tx.fetch_rows(st.LOCK_ENDED, ids) if row[2] == state]
+    parents = sorted({(row[3],) for row in found if row[3] is not None})
+    states = dict(batch.tx.fetch_rows(st.PARENTS_OF, parents)) if parents else {}
+    awaited = {row[0] for row in batch.tx.fetch_rows(st.AWAITED_OF, ids)}
+    return [row for row in found if row[0] not in awaited and states.get(row[3], DONE) in FINAL]
 
 
 def running_of(batch: Batch, owner: str) -> list[Job]:

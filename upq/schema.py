@@ -184,7 +184,8 @@ limit = table(
     Column("at", Big, nullable=False),
 )
 
-#: Times at which a schedule has fired, or has been passed over; `job` is NULL then.
+#: Times at which a schedule has fired, or has been passed over; `job` is NULL then. The row at 0 is
+#: the schedule itself: daemons lock it, and its `job` is a digest of the expression.
 slot = table(
     "slot",
     Column("schedule", String(255), primary_key=True),

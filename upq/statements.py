@@ -23,6 +23,7 @@ CHUNK = 1000
 job, event, lane, edge = schema.job, schema.event, schema.lane, schema.edge
 tally, counter, output, node = schema.tally, schema.counter, schema.output, schema.node
 limit = schema.limit
+slot = schema.slot
 
 SUBMITTED: dict[str, type] = {
     "id": int, "lane": int, "type": str, "queue": str, "ready": int, "rank": int, "ord": int,
@@ -640,19 +641,128 @@ STUCK_LINES = Sql(
 )
 
 
-def _outdated() -> ClauseElement:
-    above = sa.alias(job)
-    kept_for_parent = sa.exists().where(above.c.id == job.c.parent, above.c.state.not_in(FINAL))
-    awaited = sa.exists().where(edge.c.needs == job.c.id)
-    return (
-        sa.select(job.c.id, job.c.lane)
-        .where(job.c.state == word("state"), job.c.ended_at < big("before"))
-        .where(~kept_for_parent, ~awaited)
-        .order_by(job.c.ended_at)
+#: Jobs of a final state in the order of their ends, from one on: what a walk reads at a time.
+ENDED_ALIKE = Sql(
+    sa.select(job.c.id, job.c.type, job.c.ended_at)
+    .where(job.c.state == word("state"), job.c.ended_at == big("ended_at"), job.c.id > big("above"))
+    .order_by(job.c.id)
+    .limit(CHUNK)
+)
+
+
+def ended_later(dialect: str) -> ClauseElement:
+    found = (
+        sa.select(job.c.id, job.c.type, job.c.ended_at)
+        .where(
+            job.c.state == word("state"),
+            job.c.ended_at > big("ended_at"),
+            job.c.ended_at < big("before"),
+        )
+        .order_by(job.c.ended_at, job.c.id)
         .limit(CHUNK)
-        # Another daemon may purge or retry the same jobs.
-        .with_for_update(skip_locked=True, of=job)
+    )
+    # MariaDB would go through all of the state that have ended before.
+    return found.with_hint(job, "FORCE INDEX (upq_job_state)") if dialect == "mysql" else found
+
+
+def lock_ended(dialect: str) -> ClauseElement:
+    """Another daemon may purge or retry the same jobs. Nobody can begin to wait for them then.
+
+    The state is no condition, or the rows would be looked for by it.
+    """
+    r = over_ids(dialect)
+    chosen = sa.select(job.c.id, job.c.lane, job.c.state, job.c.parent)
+    return chosen.where(job.c.id == r.c.id).with_for_update(skip_locked=True, of=job)
+
+
+def plain_states_of(dialect: str) -> ClauseElement:
+    r = over_ids(dialect)
+    return sa.select(job.c.id, job.c.state).where(job.c.id == r.c.id)
+
+
+def awaited_of(dialect: str) -> ClauseElement:
+    r = over_ids(dialect)
+    return sa.select(edge.c.needs).where(edge.c.needs == r.c.id)
+
+
+ENDED_LATER = Sql(ended_later)
+LOCK_ENDED = Sql(lock_ended)
+PARENTS_OF = Sql(plain_states_of)
+AWAITED_OF = Sql(awaited_of)
+
+# Schedules. The row of a schedule at 0 is its head.
+
+
+def insert_if_new(dialect: str) -> ClauseElement:
+    r = rows(dialect, schedule=str, at=int, job=int)
+    chosen = sa.select(*r.c).where(sa.true())  # or SQLite takes ON for that of a join
+    columns = ["schedule", "at", "job"]
+    if dialect == "mysql":
+        return (
+            sa.insert(slot)
+            .prefix_with("IGNORE")
+            .from_select(columns, chosen, include_defaults=False)
+        )
+    made: Any = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[dialect](slot)
+    found: ClauseElement = made.from_select(
+        columns, chosen, include_defaults=False
+    ).on_conflict_do_nothing()
+    return found
+
+
+def heads_of(dialect: str, *, others_first: bool) -> ClauseElement:
+    r = rows(dialect, schedule=str)
+    return (
+        sa.select(slot.c.schedule, slot.c.job)
+        .where(slot.c.schedule == r.c.schedule, slot.c.at == 0)
+        .order_by(slot.c.schedule)
+        .with_for_update(skip_locked=not others_first, of=slot)
     )
 
 
-OUTDATED = Sql(_outdated())
+def last_slots(dialect: str) -> ClauseElement:
+    r = rows(dialect, schedule=str)
+    newest = (
+        sa.select(slot.c.at)
+        .where(slot.c.schedule == r.c.schedule, slot.c.at <= big("until"))
+        .order_by(slot.c.at.desc())
+        .limit(1)
+    )
+    return sa.select(r.c.schedule, newest.correlate(r).scalar_subquery())
+
+
+ADD_SLOTS = Sql(insert_if_new)
+INSERT_SLOTS = insert_into(slot, schedule=str, at=int, job=int)
+#: The heads of schedules, locked: by whoever comes first, or else left out; or waited for.
+HEADS_FREE = Sql(lambda dialect: heads_of(dialect, others_first=False))
+SCHEDULE_HEADS = Sql(lambda dialect: heads_of(dialect, others_first=True))
+SET_HEAD = Sql(
+    sa.update(slot)
+    .values(job=big("digest"))
+    .where(slot.c.schedule == word("schedule"), slot.c.at == 0)
+)
+LAST_SLOTS = Sql(last_slots)
+#: From one schedule to the next: one look into the index for each.
+NEXT_SCHEDULE = Sql(
+    sa.select(slot.c.schedule)
+    .where(slot.c.schedule > word("after"))
+    .order_by(slot.c.schedule)
+    .limit(1)
+)
+LAST_FIRED = Sql(
+    sa.select(slot.c.at)
+    .where(slot.c.schedule == word("schedule"), slot.c.at > 0, slot.c.job.is_not(None))
+    .order_by(slot.c.at.desc())
+    .limit(1)
+)
+OLD_SLOTS = Sql(
+    sa.select(slot.c.at)
+    .where(slot.c.schedule == word("schedule"), slot.c.at > 0, slot.c.at < big("before"))
+    .order_by(slot.c.at)
+    .limit(CHUNK)
+)
+DELETE_SLOTS = Sql(
+    sa.delete(slot).where(
+        slot.c.schedule == word("schedule"), slot.c.at > 0, slot.c.at <= big("upto")
+    )
+)

@@ -22,6 +22,7 @@ from upq.statements import AGAIN, LINE
 job, event, output, tally, edge, node = (
     schema.job, schema.event, schema.output, schema.tally, schema.edge, schema.node,
 )  # fmt: skip
+slot = schema.slot
 
 #: Rows of one list at the most, and how far the place of a waiting job is counted.
 LIST_LIMIT, AHEAD_LIMIT = 1000, 1000
@@ -288,6 +289,22 @@ class Views:
             }
             for row in self._mappings(sa.select(node).order_by(node.c.name))
         ]
+
+    def fired(self, schedules: Collection[str]) -> dict[str, tuple[int, int, str | None]]:
+        """When each schedule has fired last, with the job's id and its state, if it is kept."""
+        with self._database.read() as connection:
+            found: dict[str, tuple[int, int, str | None]] = {}
+            for name in schedules:
+                last = (
+                    sa.select(slot.c.at, slot.c.job, job.c.state)
+                    .join_from(slot, job, slot.c.job == job.c.id, isouter=True)
+                    .where(slot.c.schedule == name, slot.c.at > 0, slot.c.job.is_not(None))
+                    .order_by(slot.c.at.desc())
+                    .limit(1)
+                )
+                for at, id, state in connection.execute(last):
+                    found[name] = (at, id, state)
+            return found
 
     def _shown(self, row: sa.Row[Any]) -> dict[str, Any]:
         fields = dict(row._mapping)

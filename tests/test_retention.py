@@ -1,0 +1,158 @@
+"""How long ended jobs stay: as their type says, or [db]; and what it costs to look."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import sqlalchemy as sa
+
+from tests import stores
+from tests.stores import Store
+from tests.test_queue import FEW_ROWS_MS, measured
+from upq import schema, when
+from upq.config import Db, JobSettings, Settings
+from upq.job import CANCELLED, DONE, EXPIRED, FAILED, Outcome, Output
+from upq.retention import Retention, kept_s
+from upq.statements import CHUNK
+
+database, url, store = stores.database, stores.url, stores.store
+
+DAY_S = 86400.0
+STATES = (DONE, FAILED, CANCELLED, EXPIRED)
+
+
+def retention(store: Store, *types: JobSettings) -> Retention:
+    db = Db(keep_done_s=14 * DAY_S, keep_failed_s=90 * DAY_S)
+    return Retention(store.queue, Settings("upq.cfg", db=db, jobs={one.name: one for one in types}))
+
+
+def step(of: Retention) -> None:
+    of.step(lambda seconds: False)
+
+
+def ended(store: Store, type: str, state: str, days_ago: float, *after: int) -> int:
+    """A job that has ended so many days ago."""
+    id = store.submit(type, after=after)
+    if state == CANCELLED:
+        store.queue.cancel(id, "root")
+    else:
+        output = Output("x", 1, False)
+        store.queue.finish(store.claim_one(type), Outcome(state, output=output))
+        store.flush()
+    age(store, id, days_ago)
+    return id
+
+
+def age(store: Store, id: int, days_ago: float) -> None:
+    job = schema.job
+    at = when.now() - round(days_ago * DAY_S * 1e6)
+    store.change(sa.update(job).values(ended_at=at).where(job.c.id == id))
+
+
+def left(store: Store) -> set[int]:
+    return {row[0] for row in store.fetch(sa.select(schema.job.c.id))}
+
+
+def test_a_type_may_keep_its_jobs_longer_or_shorter(store: Store) -> None:
+    types = (
+        JobSettings("short", keep_s=DAY_S),
+        JobSettings("long", keep_s=365 * DAY_S, keep_done_s=30 * DAY_S),
+        JobSettings("usual"),
+    )
+    keeps = {"short": (1, 1), "long": (30, 365), "usual": (14, 90), "gone": (14, 90)}
+    kept, old = set(), set()
+    for type, (done, failed) in keeps.items():
+        for state in (DONE, FAILED, CANCELLED):
+            days = done if state == DONE else failed
+            kept.add(ended(store, type, state, days - 0.1))
+            old.add(ended(store, type, state, days + 0.1))
+    step(retention(store, *types))
+    assert left(store) == kept
+    rows = {row[0] for row in store.fetch(sa.select(schema.event.c.job))}
+    outputs = {row[0] for row in store.fetch(sa.select(schema.output.c.job))}
+    assert rows == kept and outputs < kept, "history and output go with them"
+    tally = store.fetch(sa.select(sa.func.sum(schema.tally.c.n)))
+    assert tally == [(len(kept),)]
+
+
+def test_what_is_said_nearer_wins() -> None:
+    db = Db(keep_done_s=1, keep_failed_s=2)
+    job = JobSettings("a", keep_s=3, keep_failed_s=4)
+    assert [kept_s(job, db, state) for state in STATES] == [3, 4, 4, 4]
+    assert [kept_s(JobSettings("a"), db, state) for state in STATES] == [1, 2, 2, 2]
+    assert kept_s(JobSettings("a", keep_s=0), db, DONE) == 0
+
+
+def test_what_others_wait_for_stays_and_goes_later(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    awaited = ended(store, "a", FAILED, 100)
+    store.submit("a", after=(awaited,))
+    parent = store.submit("p")
+    running = store.claim_one("p")
+    child = store.submit("a", parent=parent, root=parent)
+    store.queue.finish(store.claim_one("a"), Outcome(DONE))
+    store.flush()
+    age(store, child, 100)
+    rest = ended(store, "a", DONE, 100)
+    made = retention(store, JobSettings("a", keep_s=DAY_S), JobSettings("b", keep_s=2 * DAY_S))
+    step(made)
+    assert {awaited, child} <= left(store) and rest not in left(store)
+    store.queue.finish(running, Outcome(DONE))
+    store.flush()
+    step(made)
+    assert child in left(store), "it is looked at again within the hour"
+    now_s = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now_s + 3601)
+    step(made)
+    assert child not in left(store)
+    assert awaited in left(store)
+
+
+def test_a_reload_changes_what_is_kept(store: Store) -> None:
+    id = ended(store, "a", DONE, 5)
+    made = retention(store, JobSettings("a"))
+    step(made)
+    assert left(store) == {id}
+    made.configure(Settings("upq.cfg", jobs={"a": JobSettings("a", keep_s=DAY_S)}))
+    step(made)
+    assert left(store) == set()
+
+
+def test_a_step_goes_on_where_the_last_one_stopped(store: Store) -> None:
+    """Many that have ended at the same microsecond, and many that are kept for longer before."""
+    kept = ended(store, "long", DONE, 30)
+    store.copy(kept, 2 * CHUNK)
+    old = ended(store, "a", DONE, 20)
+    store.copy(old, 2 * CHUNK)
+    made = retention(store, JobSettings("long", keep_s=365 * DAY_S))
+    steps = 0
+    while len(left(store)) > 2 * CHUNK + 1:
+        made.step(lambda seconds: True)  # the daemon stops: one transaction for the state
+        steps += 1
+        assert steps < 20
+    assert kept in left(store) and old not in left(store)
+
+
+@pytest.mark.slow
+def test_kept_rows_are_looked_at_once_and_no_statement_reads_more_than_its_page(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = ended(store, "long", DONE, 30)
+    store.copy(kept, 60_000)
+    job = schema.job
+    spread = job.c.ended_at + job.c.id
+    store.change(sa.update(job).values(ended_at=spread).where(job.c.type == "long"))
+    old = ended(store, "a", DONE, 20)
+    store.copy(old, 3 * CHUNK)
+    made = retention(store, JobSettings("long", keep_s=365 * DAY_S))
+    spent_ms = measured(monkeypatch)
+    while len(left(store)) > 60_001:
+        step(made)
+    assert {name: ms for name, ms in spent_ms.items() if ms > 5 * FEW_ROWS_MS} == {}
+    spent_ms.clear()
+    for _ in range(3):
+        step(made)
+    assert set(spent_ms) <= {"ENDED_ALIKE", "ENDED_LATER"}
+    assert {name: ms for name, ms in spent_ms.items() if ms > FEW_ROWS_MS} == {}
