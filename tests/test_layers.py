@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 #: A file of upq/ imports only from floors below its own.
 FLOORS = (
     "errors job when events clock log systemd",
-    "access params wire",
-    "protocol plugins notify schema client",
+    "access params wire secret",
+    "protocol plugins notify schema client vault",
     "command migrations",
     "db cli",
     "sql",

@@ -57,6 +57,7 @@ from upq.kinds import (
 from upq.notify import NOTIFY
 from upq.params import Param, ParamSpec, placeholders, shown, suggest
 from upq.protocol import VERBS
+from upq.vault import read_keys
 
 T = TypeVar("T")
 
@@ -158,10 +159,18 @@ class Db:
         "`full`: an ACK is on disk, and a server that does not promise that is refused;"
         " `relaxed`: it may be lost when the machine dies.",
     )
+    key_file: str = setting(
+        PATH,
+        "",
+        "Encrypt the values of `secret` parameters with the first key of this file, which"
+        " `upq --new-key FILE` makes and adds to; empty: they are stored as they are.",
+    )
     keep_done_s: float = setting(DURATION, "14d", "How long jobs that are done stay visible.")
     keep_failed_s: float = setting(
         DURATION, "90d", "The same for jobs that failed, were cancelled or expired."
     )
+    #: What `key_file` holds; a reload takes over other keys.
+    keys: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -430,6 +439,9 @@ def _with_params(job: JobSettings, ini: Ini) -> JobSettings:
             if name not in names:
                 place = ini.place(f"job {job.name}", key)
                 ini.fault(place, f"{key}: no parameter {shown(name)}{suggest(name, names)}")
+    for name in sorted(job.secret.intersection(wanted)):
+        place = ini.place(f"job {job.name}", "command")
+        ini.warn(place, f"command: everyone on this machine can see {{{name}}} in `ps`")
     return job
 
 
@@ -512,12 +524,22 @@ def _with_file(db: Db, state_dir: str, ini: Ini) -> Db:
     return replace(db, url=f"{scheme}{slashes}{_absolute(ini.folder, file)}{mark}{query}")
 
 
+def _with_keys(db: Db, ini: Ini) -> Db:
+    if not db.key_file:
+        return db
+    try:
+        return replace(db, keys=read_keys(db.key_file))
+    except ValueError as error:
+        ini.fault(ini.place("db", "key_file"), f"key_file: {error}")
+        return db
+
+
 def load(path: str | os.PathLike[str], env: Mapping[str, str] = os.environ) -> Settings:
     """The settings of a file, with `upq.d/*.cfg` beside it. Raises ConfigError with every fault."""
     ini = Ini(os.fspath(path), env, SECTIONS)
     parts: dict[str, Any] = {name: _fill(cls, name, ini) for name, cls in SECTIONS.items()}
     paths = parts["paths"] = _with_socket(parts["paths"], ini)
-    parts["db"] = _with_file(parts["db"], paths.state_dir, ini)
+    parts["db"] = _with_keys(_with_file(parts["db"], paths.state_dir, ini), ini)
     modules = {module.stem for module in Path(paths.jobs_dir).glob("*.py")}
     jobs = {name: _job(name, modules, ini) for name in _job_types(ini)}
     _check_subjobs(jobs, ini)

@@ -41,6 +41,7 @@ from upq.queue import BEAT_S, Queue
 from upq.runner import Runner
 from upq.server import Door, Place, bind_tcp, bind_unix
 from upq.statements import CHUNK
+from upq.vault import Vault
 from upq.views import Views
 
 log = logging.getLogger("upq")
@@ -154,11 +155,8 @@ class Daemon:
         """Wire the parts; nothing runs yet."""
         settings = self.settings
         self._types = JobTypes(settings, self._lifeline)
-        self._views = Views(
-            self._database,
-            self._hold,
-            lambda: self._types.secret,
-        )
+        vault = self._queue.vault = Vault(settings.db.keys, lambda: self._types.secret)
+        self._views = Views(self._database, self._hold, lambda: self._types.secret, vault)
         self._ends = Ends(self._views)
         self._runner = Runner(self._queue, self._types)
         self._claimer = Claimer(self._queue, self._runner, self._types.hold)
@@ -305,6 +303,7 @@ class Daemon:
             warnings = [*settings.warnings, *(f"[{s}] needs a restart" for s in changed)]
             self.settings = settings
             self._types.configure(settings)
+            self._queue.vault.use(settings.db.keys)
             self._dispatcher.configure(settings)
             self._make_pools()
             self._claimer.heat()

@@ -19,12 +19,15 @@ from upq.job import CANCELLED, DONE, FAILED, QUEUED, RESULT_LIMIT_BYTES, Job, Ne
 from upq.jobtypes import JobType, JobTypes
 from upq.plugins import MESSAGE_LIMIT, Desk, UpqJob, blame, follow_up
 from upq.queue import Queue
-from upq.record import encode
+from upq.record import LOCKED, encode
+from upq.secret import scrub
 
 log = logging.getLogger(__name__)
 
 #: Before a job that could not reach the database is tried again.
 AWAY_WAIT_US = 5_000_000
+#: Before a job whose secrets cannot be decrypted is looked at again.
+LOCKED_WAIT_US = 60_000_000
 #: Seconds between two tries to store an end.
 AWAY_RETRY_S = 0.5
 
@@ -44,14 +47,29 @@ class Runner:
         `begun` is given the job's object before its own code runs.
         """
         started_s = time.monotonic()
-        with logs.job(job.type, job.id):
+        with logs.job(job.type, job.id), logs.hiding(self._hidden(job)):
             log.debug("starting")
             outcome, then = self._guarded(job, begun)
+            self._hide(job, outcome)
             self._end(job, outcome, then, started_s)
 
     def give_back(self, job: Job, reason: str) -> None:
         """Put a claimed job back to the queue; its attempt does not count."""
         self._end(job, Outcome(QUEUED, reason=reason, counts=False), [], time.monotonic())
+
+    def _hidden(self, job: Job, data: dict[str, Any] | None = None) -> list[str]:
+        """What nothing that is told of this job may hold."""
+        kind = self._types.by_name.get(job.type)
+        return kind.hidden_in(job.params, job.data, data) if kind else []
+
+    def _hide(self, job: Job, outcome: Outcome) -> None:
+        """Take secrets out of what is stored of an attempt to be read by people."""
+        hidden = self._hidden(job, outcome.data)
+        if hidden:
+            outcome.message = scrub(outcome.message, hidden)
+            if outcome.output is not None:
+                text = scrub(outcome.output.text, hidden)
+                outcome.output = outcome.output._replace(text=text)
 
     # One attempt
 
@@ -72,6 +90,9 @@ class Runner:
     def _attempt(
         self, job: Job, kind: JobType, begun: Callable[[UpqJob], None]
     ) -> tuple[UpqJob | None, Outcome]:
+        if locked := job.options.get("locked"):
+            run_at = when.now() + LOCKED_WAIT_US
+            return None, Outcome(QUEUED, locked, run_at=run_at, reason=LOCKED, counts=False)
         try:
             data = kind.at_run(own_copy(job.data))
         except BadParams as error:
@@ -79,6 +100,7 @@ class Runner:
         chain = job.options.get("chain", kind.cfg.subjobs)
         plugin = kind.make(data, self.desk, jobid=job.id, chain=chain, attempt=job.attempt)
         plugin.token = job.token
+        plugin.hidden = self._hidden(job)
         if job.cancel_asked:
             plugin.cancel()
         timeout_s = job.options.get("timeout_s")
@@ -227,9 +249,7 @@ class Runner:
                 log.info("given back: %s", outcome.reason or outcome.message)
                 return
             result = outcome.reason if outcome.state == QUEUED else outcome.state
-            hidden = notify.secret_texts((job.data, outcome.data or {}), self._types.secret)
-            message = notify.scrub(outcome.message, hidden)
-            log.info("finished: %s in %.3f s, %s", result, took_s, message)
+            log.info("finished: %s in %.3f s, %s", result, took_s, outcome.message)
 
 
 def own_copy(data: dict[str, Any]) -> dict[str, Any]:
