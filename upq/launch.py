@@ -119,7 +119,8 @@ def new_key(path: str) -> int:
         count = vault.add_key(path)
     except ValueError as error:
         raise CannotCreate(str(error)) from error
-    print(f"{path}: {count} keys, the first encrypts; keep it apart from backups of the database")
+    what = "1 key" if count == 1 else f"{count} keys, the first encrypts"
+    print(f"{path}: {what}; keep a copy of it, apart from those of the database")
     return 0
 
 

@@ -202,12 +202,15 @@ class Views:
         query = sa.select(*columns)
         if wanted.state in FINAL:
             query = query.where(job.c.state == wanted.state)
-            if key is not None:
-                at, id = key
-                query = query.where(
-                    job.c.ended_at <= at, sa.or_(job.c.ended_at < at, job.c.id < id)
-                )
-            return self._rows(query.order_by(job.c.ended_at.desc(), job.c.id.desc()).limit(n))
+            query = query.order_by(job.c.ended_at.desc(), job.c.id.desc())
+            if key is None:
+                return self._rows(query.limit(n))
+            # Those that ended at the same moment, then all before: an OR would read past the key.
+            at, id = key
+            rows = self._rows(query.where(job.c.ended_at == at, job.c.id < id).limit(n))
+            if len(rows) < n:
+                rows += self._rows(query.where(job.c.ended_at < at).limit(n - len(rows)))
+            return rows
         if wanted.state is not None:
             # Jobs that have not ended have no ended_at: the index on states gives them by id.
             query = query.where(job.c.state == wanted.state, job.c.ended_at.is_(None))
