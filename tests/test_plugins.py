@@ -440,9 +440,9 @@ def test_a_class_has_its_parameters_as_attributes(jobs_dir: Path) -> None:
     assert cls("good", {"fid": 5}).path is None
 
 
-def test_an_annotation_at_fault_breaks_its_type_with_its_line(jobs_dir: Path) -> None:
-    put(jobs_dir, "good", JOB.replace("    pass", "    fid: int\n    output: str"))
-    text = fault(jobs_dir, "good")
-    assert text == (
-        f"{jobs_dir}/good.py:6: output: every job has an attribute of that name; choose another one"
+@pytest.mark.parametrize("name", ["output", "result", "retries", "declared"])
+def test_an_annotation_at_fault_breaks_its_type_with_its_line(jobs_dir: Path, name: str) -> None:
+    put(jobs_dir, "good", JOB.replace("    pass", f"    fid: int\n    {name}: str"))
+    assert fault(jobs_dir, "good") == (
+        f"{jobs_dir}/good.py:6: {name}: every job has an attribute of that name; choose another"
     )

@@ -9,6 +9,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from upq import wire
@@ -220,6 +221,9 @@ class _Call:
                     # The rest of an attempt that has ended; another one may have begun.
                     self._print_part(part)
                     part = client.verb("output", id=id)
+                    for start in range(known + 1, part["attempt"]):
+                        with suppress(NotFound):
+                            self._print_part(client.verb("output", id=id, start=start))
                     if part["attempt"] == known:
                         part = {**part, "text": ""}
                 self._print_part(part)
@@ -227,7 +231,6 @@ class _Call:
             except NotFound:
                 if ended and not known:
                     raise
-                client.verb("why", id=id)
             if ended:
                 return ACCEPTED
             time.sleep(0.5)

@@ -394,7 +394,7 @@ class Dispatcher:
         return (running + waiting)[:limit]
 
     def _jobs(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
-        self._must_read(peer)
+        self._must_read(peer, args.get("submitter", ""))
         limit, before = args.pop("limit", 20), args.pop("before", None)
         page = self._views.page(self._queue.lanes, self._filter(args), limit, before)
         return {"jobs": page.jobs, "next": page.next}

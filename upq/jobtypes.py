@@ -87,6 +87,11 @@ class JobType:
         declared = {name: data[name] for name in self.params.names if name in data}
         return {**data, **self.params.check(declared, self.secret)}
 
+    @property
+    def hides(self) -> bool:
+        """Whether there is anything that must not be told of its jobs."""
+        return bool(self.secret or self.hidden)
+
     def hidden_in(self, *datas: Any) -> list[str]:
         """Texts that nothing told of a job with this data may hold."""
         if not self.secret:

@@ -164,18 +164,22 @@ class ParamSpec:
         return cls(tuple(params.values()))
 
     @classmethod
-    def of(cls, job: type) -> ParamSpec | None:
+    def of(cls, job: type, taken: Collection[str] = ()) -> ParamSpec | None:
         """What the annotations of a job class declare, those of its bases first; None for none.
 
         `fid: int` is required, `mode: Literal["fast", "full"] = "fast"` has a default, and what may
         be None (`Path | None`) is optional. Names that begin with `_` and ClassVars are the class's
-        own. Raises ValueError that names the parameter at fault.
+        own, `taken` are every job's. Raises ValueError that names the parameter at fault.
         """
         params: dict[str, Param] = {}
         for base in reversed(job.__mro__[:-1]):
             if not base.__module__.startswith("upq."):
                 for name, hint in _annotations(base).items():
                     if not name.startswith("_") and typing.get_origin(hint) is not typing.ClassVar:
+                        if name in taken:
+                            raise ValueError(
+                                f"{name}: every job has an attribute of that name; choose another"
+                            )
                         params[name] = _annotated(name, hint, job)
         return cls(tuple(params.values())) if params else None
 
@@ -255,10 +259,6 @@ def _annotations(base: type) -> dict[str, Any]:
 
 def _annotated(name: str, hint: Any, job: type) -> Param:
     """One annotation as a parameter; its default is the attribute of the class."""
-    taken = {attribute for base in job.__mro__ if base.__module__.startswith("upq.")
-             for attribute in vars(base)}  # fmt: skip
-    if name in taken:
-        raise ValueError(f"{name}: every job has an attribute of that name; choose another one")
     optional = False
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         rest = [each for each in typing.get_args(hint) if each is not types.NoneType]

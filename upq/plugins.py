@@ -380,6 +380,10 @@ class UpqJob:
         return f"Job: {self.jobname} id:{self.jobid} thread: {self.thread}"
 
 
+#: What every job has; no parameter of a class can be called so.
+ATTRIBUTES = frozenset((*vars(UpqJob), *vars(UpqJob("", {}))))
+
+
 class SourceLoader(importlib.machinery.SourceFileLoader):
     """Reads and writes no `__pycache__`, which others might be able to write."""
 
@@ -460,7 +464,7 @@ class Loader:
         if not (isinstance(found, type) and issubclass(found, UpqJob)):
             raise Broken(f"{file}: no class {name[:1].upper() + name[1:]}(UpqJob)")
         try:
-            found.declared = ParamSpec.of(found)
+            found.declared = ParamSpec.of(found, ATTRIBUTES)
         except ValueError as error:
             raise Broken(f"{file}:{line_of(found, str(error))}: {error}") from None
         return found

@@ -47,29 +47,32 @@ class Runner:
         `begun` is given the job's object before its own code runs.
         """
         started_s = time.monotonic()
-        with logs.job(job.type, job.id), logs.hiding(self._hidden(job)):
+        with logs.job(job.type, job.id):
+            kind = self._types.by_name.get(job.type)
+            if kind is not None and kind.hides:
+                self._run_hiding(job, kind, begun, started_s)
+                return
             log.debug("starting")
             outcome, then = self._guarded(job, begun)
-            self._hide(job, outcome)
             self._end(job, outcome, then, started_s)
 
     def give_back(self, job: Job, reason: str) -> None:
         """Put a claimed job back to the queue; its attempt does not count."""
         self._end(job, Outcome(QUEUED, reason=reason, counts=False), [], time.monotonic())
 
-    def _hidden(self, job: Job, data: dict[str, Any] | None = None) -> list[str]:
-        """What nothing that is told of this job may hold."""
-        kind = self._types.by_name.get(job.type)
-        return kind.hidden_in(job.params, job.data, data) if kind else []
-
-    def _hide(self, job: Job, outcome: Outcome) -> None:
-        """Take secrets out of what is stored of an attempt to be read by people."""
-        hidden = self._hidden(job, outcome.data)
-        if hidden:
+    def _run_hiding(
+        self, job: Job, kind: JobType, begun: Callable[[UpqJob], None], started_s: float
+    ) -> None:
+        """The same where there are secrets: what is told of the attempt does not hold them."""
+        with logs.hiding(kind.hidden_in(job.params, job.data)):
+            log.debug("starting")
+            outcome, then = self._guarded(job, begun)
+            hidden = kind.hidden_in(job.params, job.data, outcome.data)
             outcome.message = scrub(outcome.message, hidden)
             if outcome.output is not None:
                 text = scrub(outcome.output.text, hidden)
                 outcome.output = outcome.output._replace(text=text)
+            self._end(job, outcome, then, started_s)
 
     # One attempt
 
@@ -100,7 +103,8 @@ class Runner:
         chain = job.options.get("chain", kind.cfg.subjobs)
         plugin = kind.make(data, self.desk, jobid=job.id, chain=chain, attempt=job.attempt)
         plugin.token = job.token
-        plugin.hidden = self._hidden(job)
+        if kind.hides:
+            plugin.hidden = kind.hidden_in(job.params, job.data)
         if job.cancel_asked:
             plugin.cancel()
         timeout_s = job.options.get("timeout_s")
