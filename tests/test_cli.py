@@ -342,8 +342,8 @@ def test_show_is_a_block_and_a_time_line(server: LineServer, run: Cli) -> None:
     assert "params      fid:50\n" in text
     assert "jobdata" not in text
     assert "progress" not in text
-    assert "\nhistory\nAT                       STATE   ATTEMPT  NODE  WHO   MESSAGE\n" in text
-    assert "\n2026-11-22 02:05:12.500  done    1        n1          a\\x1b[2Jb\n" in text
+    assert "\ntimeline\n2026-11-22 02:05:11.123  queued     by root\n" in text
+    assert "\n2026-11-22 02:05:12.500  done       a\\x1b[2Jb\n" in text
     assert "\nchildren\n" in text
     assert "id\t5\ntype\thash\n" in run("show", "5").stdout
     assert "2026-11-22T00:05:12.5Z\tdone\t1\tn1\t\t\ta\\x1b[2Jb\n" in run("show", "5").stdout

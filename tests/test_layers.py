@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 #: A file of upq/ imports only from floors below its own.
 FLOORS = (
     "errors job when events clock log systemd interrupt pipes shim trees",
-    "access params wire gates rates spawn",
-    "protocol plugins notify schema client draws",
+    "access params wire gates rates spawn secret",
+    "protocol plugins notify schema client draws vault",
     "command keeper migrations",
     "db cli",
     "sql",

@@ -26,16 +26,15 @@ from tests.servers import Missing, program
 from upq.errors import BadParams
 from upq.job import CANCELLED, DONE, EXPIRED, FAILED, QUEUED, Job, NewJob, Outcome, Output
 from upq.notify import (
-    MASK,
     TAIL_BYTES,
     TEXT_LIMIT,
     Mail,
     Syslog,
     choose,
     follow,
-    mask,
     parse_target,
 )
+from upq.secret import MASK, mask
 
 AT = 1_800_000_000_000_000
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import pytest
@@ -256,3 +259,78 @@ def test_nothing_in_a_value_is_run(payload: str, tmp_path: Path) -> None:
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, check=True)
     assert done.stdout.endswith(payload.encode())
     assert not list(tmp_path.iterdir())
+
+
+# Of classes
+
+
+def of(folder: Path, body: str) -> ParamSpec | None:
+    """What a class with this body declares."""
+    head = "from __future__ import annotations\nfrom pathlib import Path\nfrom typing import *\n"
+    file = folder / "somebody.py"
+    file.write_text(f"{head}class Job:\n{indent(body, '    ')}\n")
+    spec = spec_from_file_location("somebody", file)
+    assert spec and spec.loader
+    sys.modules["somebody"] = module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return ParamSpec.of(module.Job)
+
+
+def test_annotations_declare_what_an_ini_would(tmp_path: Path) -> None:
+    spec = of(
+        tmp_path,
+        """fid: int
+path: Path | None = None
+mode: Literal["fast", "full"] = "fast"
+ratio: float = 0.5
+force: bool = False
+more: dict[str, int] | None
+names: list = []
+what: Any
+said: Optional[str]
+note: str = "two words"
+_own: int = 3
+LIMIT: ClassVar[int] = 5
+plain = 7""",
+    )
+    assert str(spec) == (
+        "fid:int path:path? mode:choice(fast,full)=fast ratio:float=0.5 force:bool=false"
+        ' more:json? names:json=[] what:any said? note="two words"'
+    )
+    assert spec and ParamSpec.parse(str(spec)).names == spec.names
+    assert of(tmp_path, "plain = 7") is None
+
+
+def test_a_base_declares_for_all_and_a_class_may_change_it() -> None:
+    class Base:
+        fid: int
+        mode: str = "a"
+
+    class Job(Base):
+        fid: int = 5  # type: ignore[misc]
+        more: bool = True
+
+    assert str(ParamSpec.of(Job)) == "fid:int=5 mode=a more:bool=true"
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ("when: set[str]", "when: set"),
+        ("n: Literal[1, 2]", "n: "),
+        ("a: int | str", "a: int | str is none of str, int"),
+        ("fid: int = 'x'", "fid: the default 'x' is not a whole number"),
+        ("fid: Nothing", "annotations of Job: name 'Nothing' is not defined"),
+        ("path: Path = Path('here')", "path: the default"),
+    ],
+)
+def test_annotations_that_declare_nothing_are_faults(body: str, text: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as caught:
+        of(tmp_path, body)
+    assert str(caught.value).startswith(text)
+
+
+def test_a_declaration_is_spelt_as_it_was() -> None:
+    text = 'fid:int path:path? level:choice(a,b)=a note="two words" x:float=1.5 ok:bool=true'
+    assert str(ParamSpec.parse(text)) == text
+    assert ParamSpec.parse(str(ParamSpec.parse(text))) == ParamSpec.parse(text)

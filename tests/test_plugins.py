@@ -7,6 +7,7 @@ import threading
 import time
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,7 +15,7 @@ from hypothesis import strategies as some
 
 from upq import UpqJob
 from upq.errors import Broken, UpqError
-from upq.plugins import MESSAGE_LIMIT, Clipped, Loader, blame, follow_up, readable
+from upq.plugins import MESSAGE_LIMIT, Clipped, Loader, blame, follow_up, readable, stored_piece
 
 JOB = "from upq import UpqJob\n\n\nclass Good(UpqJob):\n    pass\n"
 MIB = 1 << 20
@@ -387,3 +388,73 @@ def test_progress_is_stored_now_and_then_and_the_last_is_known() -> None:
     assert len(Shown.seen) <= 2 + (time.monotonic() - began) / 0.5
     assert Shown.seen[0]["done"] == 0
     assert job.last_progress == {"done": 4999, "total": 5000, "text": "busy"}
+
+
+# Output as it comes
+
+
+def test_hidden_texts_are_masked_however_they_come() -> None:
+    out = Clipped(1000, ["hunter2", "hunter"])
+    for part in ("a hun", "ter2 b hunter c", " hunt", "ed hunter2"):
+        out.write(part)
+    kept = out.kept()
+    assert kept and kept.text == "a *** b *** c hunted ***"
+    out.write(" hunt")
+    kept = out.kept()
+    assert kept and kept.text.endswith(" ***"), "half a secret at the end is none to show"
+
+
+@pytest.mark.parametrize("limit", [10, 64])
+def test_pieces_make_the_whole(limit: int) -> None:
+    out, text, at = Clipped(limit), "", 0
+    for word in "one", "zwei é", "", "drei\n":
+        out.write(word)
+        piece = out.since(at)
+        text, at = text + piece.text, piece.next
+    assert text == "onezwei édrei\n"
+    assert out.since(at).text == ""
+    kept = out.kept()
+    assert kept
+    assert stored_piece(kept.text, kept.size_bytes, 0).text == kept.text
+    assert stored_piece(kept.text, kept.size_bytes, at).text == ""
+    assert stored_piece(kept.text, kept.size_bytes, at - 2).text == "i\n"
+
+
+def test_half_a_character_waits_for_its_other_half() -> None:
+    out = Clipped(100)
+    out.write_bytes("aé".encode()[:2])
+    assert out.since(0)[:2] == ("a", 1)
+    out.write_bytes("é".encode()[1:])
+    assert out.since(1)[:2] == ("é", 3)
+
+
+def test_what_was_left_out_is_said_to_who_comes_late() -> None:
+    out = Clipped(10)
+    for n in range(10):
+        out.write(f"{n}" * 10)
+    assert out.since(0).text.startswith("00000\n[... ")
+    assert out.since(97).text == "999"
+    kept = out.kept()
+    assert kept and stored_piece(kept.text, kept.size_bytes, 97).text == "999"
+    late = stored_piece(kept.text, kept.size_bytes, 50).text
+    assert late == "\n[... 45 bytes left out ...]\n99999"
+
+
+# Parameters of a class
+
+
+def test_a_class_has_its_parameters_as_attributes(jobs_dir: Path) -> None:
+    text = JOB.replace("    pass", "    fid: int\n    path: Path | None = None")
+    put(jobs_dir, "good", f"from pathlib import Path\n{text}")
+    cls: Any = Loader(jobs_dir).load("good")
+    job = cls("good", {"fid": 5, "path": "/a"})
+    assert (job.fid, job.path, str(cls.declared)) == (5, Path("/a"), "fid:int path:path?")
+    assert cls("good", {"fid": 5}).path is None
+
+
+@pytest.mark.parametrize("name", ["output", "result", "retries", "declared"])
+def test_an_annotation_at_fault_breaks_its_type_with_its_line(jobs_dir: Path, name: str) -> None:
+    put(jobs_dir, "good", JOB.replace("    pass", f"    fid: int\n    {name}: str"))
+    assert fault(jobs_dir, "good") == (
+        f"{jobs_dir}/good.py:6: {name}: every job has an attribute of that name; choose another"
+    )

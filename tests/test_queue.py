@@ -551,7 +551,7 @@ def test_a_result_at_its_limit_survives(store: Store, text: str) -> None:
     result = text * ((RESULT_LIMIT_BYTES - 2) // (len(encode(text)) - 2))
     id = store.submit()
     assert end(store, store.claim_one(), result=result)
-    assert store.views.end(id) == (DONE, result, "")
+    assert store.views.end(id) == (DONE, result, "", "")
 
 
 QUOTES = '"' * (MIB // 2 - 1)

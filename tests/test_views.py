@@ -25,7 +25,7 @@ from upq.job import (
     Outcome,
     Output,
 )
-from upq.views import AHEAD_LIMIT, LIST_CHARS, LIST_LIMIT, Views
+from upq.views import AHEAD_LIMIT, LIST_CHARS, LIST_LIMIT, LOOK_ROWS, Filter, Views
 
 database, url, store = stores.database, stores.url, stores.store
 
@@ -88,7 +88,7 @@ def test_the_end_of_a_job_is_none_before_it(store: Store) -> None:
     id = store.submit()
     assert store.views.end(id) is None
     end(store, result={"n": 1}, message="well")
-    assert store.views.end(id) == (DONE, {"n": 1}, "well")
+    assert store.views.end(id) == (DONE, {"n": 1}, "well", "")
 
 
 def test_a_job_without_output_says_so(store: Store) -> None:
@@ -291,6 +291,12 @@ def test_nothing_that_is_asked_often_reads_the_whole_table(store: Store) -> None
         "type": lambda: views.jobs(lanes, type="paused"),
         "no type": lambda: views.jobs(lanes, type="none"),
         **{state: lambda state=state: views.jobs(lanes, state=state) for state in STATES},  # type: ignore[misc]
+        "page": lambda: views.page(lanes, Filter(), before=many.done + 500),
+        "page of ended": lambda: views.page(lanes, Filter(DONE), before=many.done + 500),
+        "page of a type": lambda: views.page(lanes, Filter(None, "paused"), before=many.paused + 9),
+        "of two": lambda: views.page(lanes, Filter(DONE, "paused", frozenset({paused}))),
+        "since": lambda: views.since(many.done + 50),
+        "attempts": lambda: views.attempts(many.done + 50),
         "job": lambda: views.job(many.done),
         "end": lambda: views.end(many.failed),
         "history": lambda: views.history(many.done + 50),
@@ -306,6 +312,69 @@ def test_nothing_that_is_asked_often_reads_the_whole_table(store: Store) -> None
     }
     slow = {name: ms for name, act in asked.items() if (ms := least_ms(act)) > 12}
     assert slow == {}
+
+
+@pytest.mark.slow
+def test_what_no_index_has_is_looked_for_a_while_and_then_goes_on(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = store.submit(submitter="anna")
+    store.copy(store.submit(submitter="bert"), 3 * LOOK_ROWS)
+    last = store.submit(submitter="anna")
+    assert ids(store.views.jobs([], submitter="anna")) == [last, mine]
+    monkeypatch.setattr("upq.views.LOOK_S", 0.0)
+    seen, before, pages = [], None, 0
+    while True:
+        page = store.views.page([], Filter(submitter="anna"), before=before)
+        seen += ids(page.jobs)
+        before, pages = page.next, pages + 1
+        if before is None:
+            break
+    assert (seen, pages > 2) == ([last, mine], True)
+
+
+def test_pages_of_every_list_hold_each_job_once(store: Store) -> None:
+    first = [store.submit() for _ in range(7)]
+    for _ in range(3):
+        end(store)
+    held = [store.submit("reverify") for _ in range(4)]
+    waits = [store.submit(after=(first[-1],)) for _ in range(3)]
+    lane = store.queue.lane("reverify", "reverify").id
+    views = Views(store.database, lambda id: "paused" if id == lane else "", frozenset)
+    for wanted, expected in (
+        (Filter(), first + held + waits),
+        (Filter(DONE), first[:3]),
+        (Filter(QUEUED), first[3:]),
+        (Filter(BLOCKED), held + waits),
+        (Filter(None, "reverify"), held),
+        (Filter(None, None, frozenset({lane})), held),
+    ):
+        seen: list[int] = []
+        before = None
+        while True:
+            page = views.page(store.queue.lanes, wanted, 2, before)
+            seen += ids(page.jobs)
+            before = page.next
+            if before is None:
+                break
+        assert sorted(seen) == expected, wanted
+        assert len(set(seen)) == len(seen)
+
+
+def test_jobs_to_change_are_read_in_parts(store: Store) -> None:
+    a, b = store.submit(), store.submit()
+    (one, two) = store.claim(2)
+    for ended in (two, one):
+        store.queue.finish(ended, Outcome(FAILED))
+        store.flush()
+    other = store.submit("reverify")
+    now = when.now()
+    found = [[one.id for one in part] for part in store.views.chunks(Filter(FAILED), None, now)]
+    assert found == [[b, a]]
+    assert [*store.views.chunks(Filter(FAILED), now, now)] in ([], [[]])
+    assert [*store.views.chunks(Filter(QUEUED, "hash", frozenset()), None, now)] == []
+    parts = store.views.chunks(Filter(QUEUED), now - HOUR, now)
+    assert [one.id for part in parts for one in part] == [other]
 
 
 def least_ms(act: Callable[[], object]) -> float:

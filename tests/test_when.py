@@ -103,9 +103,9 @@ def test_backoff_grows_by_the_factor_up_to_the_cap() -> None:
     assert waits == [10, 20, 40, 60, 60]
 
 
-def test_backoff_is_spread_from_half_to_one_and_a_half() -> None:
-    assert when.backoff(1, 10, 2, 60, random=0.0) == 5
-    assert when.backoff(9, 10, 2, 60, random=1.0) == 90
+def test_backoff_is_spread_about_the_delay() -> None:
+    assert when.backoff(1, 10, 2, 60, random=0.0) == 4
+    assert when.backoff(9, 10, 2, 60, random=1.0) == 96
 
 
 def test_a_delay_longer_than_the_cap_stays_as_asked() -> None:

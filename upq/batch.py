@@ -6,7 +6,6 @@ is `queue`.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import struct
@@ -35,6 +34,7 @@ from upq.job import (
 )
 from upq.limits import Limiter, kept, kept_text, turn_reason
 from upq.sql import Sql, Tx
+from upq.vault import Vault
 from upq.writer import Replay
 
 log = logging.getLogger(__name__)
@@ -130,6 +130,7 @@ class Home(Protocol):
 
     owner: str
     node_name: str
+    vault: Vault
 
     def book(self, lanes: set[int]) -> list[Want]:
         """Places that jobs just queued in these lanes may take at once: (lane, how many)."""
@@ -356,7 +357,7 @@ class Batch:
             found = known.get(key) or own.get(key) if key else None
             if found is not None:
                 params = row[st.AT["params"]]
-                if row[st.AT["idem_key"]] and json.loads(found[1]) != json.loads(params):
+                if row[st.AT["idem_key"]] and not self._home.vault.same(found[1], params):
                     raise KeyConflict(f"job {found[0]} has this key, with other params")
                 accepted.append(Accepted(found[0], duplicate=True))
                 continue

@@ -7,12 +7,14 @@ import io
 import os
 import re
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from upq import wire
 from upq.client import Client, find_socket
-from upq.errors import RequestError
+from upq.errors import NotFound, RequestError, TimedOut
 from upq.wire import Reply
 
 #: Exit status.
@@ -81,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     add("-c", "--config", metavar="FILE", help="the configuration that names the socket")
     add("-s", "--socket", metavar="ADDRESS", help="path of the socket, or host:port")
     add("--wait", action="store_true", help="follow the job to its end and return its outcome")
+    add("--follow", action="store_true", help="with `output`: go on until the job has ended")
     add("--timeout", metavar="TIME", type=_duration, help="with --wait: no longer than 30s, 10m")
     add("--json", action="store_true", help="print one JSON document; for many lines, one each")
     add("-q", "--quiet", action="store_true", help="print ids only")
@@ -126,9 +129,14 @@ class _Call:
 
     def _one(self, client: Client, line: str) -> int:
         verb = line.split(maxsplit=1)[0]
-        if verb == "wait" or line.startswith("{"):
+        if verb in ("wait", "cancel", "retry") or line.startswith("{"):
+            # Many jobs take as long as they take.
             client.timeout_s = None
         self._tell(f"Sent: '{line}'")
+        if verb == "output" and self.args.follow:
+            return self._output(client, line)
+        if verb == "wait" and self._watches and (asked := _waited(line)):
+            return self._follow(client, [asked[0]], asked[1])
         reply = client.request(line)
         queued = self._queued(reply)
         if reply.code:
@@ -160,16 +168,79 @@ class _Call:
         """The jobs to be followed; an id of 0 was answered at once."""
         return [ack.id for ack in reply.acks if ack.id and self.args.wait]
 
-    def _follow(self, client: Client, ids: Iterable[int]) -> int:
+    @property
+    def _watches(self) -> bool:
+        """Whether somebody sees, at a terminal, what a job does meanwhile."""
+        return sys.stderr.isatty() and not self.args.json and not self.args.quiet
+
+    def _follow(self, client: Client, ids: Iterable[int], timeout_s: float | None = None) -> int:
         status = ACCEPTED
         for id in ids:
-            reply = Reply("", data={"job": client.wait(id, self.args.timeout)})
+            limit_s = self.args.timeout if timeout_s is None else timeout_s
+            job = self._watch(client, id, limit_s) if self._watches else client.wait(id, limit_s)
+            reply = Reply("", data={"job": job})
             if self.args.json:
                 _print_json(reply.data)
             elif not self.args.quiet:
                 self.screen.show("wait", reply)
             status = max(status, _status(reply))
         return status
+
+    def _watch(self, client: Client, id: int, timeout_s: float | None) -> Any:
+        """The job at its end; until then one line tells how it is. Raises TimedOut."""
+        over_s = None if timeout_s is None else time.monotonic() + timeout_s
+        wait_s = 0.2
+        try:
+            while True:
+                left_s = wait_s if over_s is None else min(over_s - time.monotonic(), wait_s)
+                try:
+                    return client.wait(id, max(left_s, 0))
+                except TimedOut:
+                    if over_s is not None and time.monotonic() >= over_s:
+                        raise
+                now = client.verb("why", id=id)
+                told = _progress(now["progress"]) if now["state"] == "running" else now["why"]
+                line = _visible(wire.one_line(f"job {id} {now['state']}  {told or ''}".rstrip()))
+                self._status_line(line)
+                wait_s = 1.0
+        finally:
+            self._status_line("")
+
+    def _status_line(self, text: str) -> None:
+        print(f"\r\033[K{text[: _terminal_width() - 1]}", end="", file=sys.stderr, flush=True)
+
+    def _output(self, client: Client, line: str) -> int:
+        """What a job prints, until it has ended; of each attempt all, one after the other."""
+        words = wire.read_words(line)
+        id = next((word.removeprefix("id:") for word in words[1:]), "")
+        known, next_ = 0, 0
+        while True:
+            ended = client.verb("why", id=id)["state"] in _FINAL
+            more = {"start": known, "from": next_} if known else {}
+            try:
+                part = client.verb("output", id=id, **more)
+                if known and not part["running"]:
+                    # The rest of an attempt that has ended; another one may have begun.
+                    self._print_part(part)
+                    part = client.verb("output", id=id)
+                    for start in range(known + 1, part["attempt"]):
+                        with suppress(NotFound):
+                            self._print_part(client.verb("output", id=id, start=start))
+                    if part["attempt"] == known:
+                        part = {**part, "text": ""}
+                self._print_part(part)
+                known, next_ = part["attempt"], part["next"]
+            except NotFound:
+                if ended and not known:
+                    raise
+            if ended:
+                return ACCEPTED
+            time.sleep(0.5)
+
+    def _print_part(self, part: Mapping[str, Any]) -> None:
+        text = part["text"]
+        sys.stdout.write(_visible(text) if self.screen.is_terminal else text)
+        sys.stdout.flush()
 
     def _fail(self, code: str, message: str, status: int) -> int:
         if self.args.json:
@@ -228,17 +299,47 @@ def _ids(data: Any) -> list[Any]:
         return []
     if named := [data[key] for key in ("id", "queue", "name") if key in data]:
         return named[:1]
+    if isinstance(data.get("ids"), list):
+        return list(data["ids"])
     return _ids(data["job"] if "job" in data else [*data.values()])
+
+
+def _waited(line: str) -> tuple[int, float | None] | None:
+    """The job and the limit of a `wait`; None when the daemon had better say what is wrong."""
+    words = [word.removeprefix("id:") for word in wire.read_words(line)[1:]]
+    times = [word.removeprefix("timeout:") for word in words if word.startswith("timeout:")]
+    ids = [word for word in words if word.isascii() and word.isdecimal()]
+    try:
+        limit_s = _duration(times[0]) if times else None
+    except ValueError:
+        return None
+    return (int(ids[0]), limit_s) if len(ids) + len(times) == len(words) and ids else None
+
+
+def _progress(progress: Mapping[str, Any] | None) -> str:
+    """How far a job is, for people: `40% (4 of 10) text`."""
+    if not progress:
+        return ""
+    done, total, text = (progress.get(name) for name in ("done", "total", "text"))
+    if not isinstance(done, int | float):
+        return str(text or "")
+    count = f"{done:g}" if not total else f"{done / total:.0%} ({done:g} of {total:g})"
+    return f"{count} {text or ''}".rstrip()
 
 
 # What people see
 
+_FINAL = ("done", "failed", "cancelled", "expired")
 _JOB = ("id", "type", "queue", "state", "created_at", "ended_at", "params", "info")
 #: Of a list, what its table shows; all there is where nothing is said here.
 _COLUMNS: Mapping[str, Sequence[str]] = {
     "jobs": _JOB,
     "children": _JOB,
     "history": ("at", "state", "attempt", "node", "who", "reason", "message"),
+    "attempts": (
+        *("start", "attempt", "node", "started_at", "ended_at", "took_s", "state", "reason"),
+        *("message", "output_bytes"),
+    ),
     "queues": (
         *("queue", "type", "queued", "blocked", "running", "done", "failed", "cancelled"),
         *("expired", "concurrent", "oldest_queued_s", "reason"),
@@ -279,9 +380,21 @@ class _Screen:
             job = {key: value for key, value in data["job"].items() if value}
             if job.get("jobdata") == job.get("params"):
                 job["jobdata"] = None
-            self._sections(job | data | {"job": None})
+            if not self.is_terminal:
+                self._sections(job | data | {"job": None})
+                return
+            self._sections(job | {"history": None})
+            self._timeline(data)
+            if data["children"]:
+                self._sections({"children": data["children"], "": None})
+        elif verb in ("cancel", "retry") and "n" in data:
+            self._many(verb, data)
         elif self.is_terminal and not any(data.values()):
             print("none")
+        elif verb == "jobs" and "next" in data:
+            self._sections({"jobs": data["jobs"]})
+            if data["next"] and self.is_terminal:
+                print(f"more: before:{data['next']}")
         else:
             self._sections(data)
 
@@ -290,6 +403,41 @@ class _Screen:
         sys.stdout.write(_visible(text) if self.is_terminal else text)
         if data["truncated"]:
             print(f"\nupq-cli: left out of {data['size_bytes']} bytes", file=sys.stderr)
+
+    def _timeline(self, data: Mapping[str, Any]) -> None:
+        """One line a change of state: who asked for it, where an attempt ran and how it ended."""
+        attempts = iter(data.get("attempts", ()))
+        print("\ntimeline")
+        at: Mapping[str, Any] | None = None
+        for one in data["history"]:
+            told = [f"by {one['who']}"] if one["who"] else []
+            why = ": ".join(filter(None, (one["reason"], one["message"])))
+            if one["state"] == "running":
+                at = next(attempts, None)
+                told.append(f"attempt {one['attempt']} on {one['node']}")
+                if at and at["ended_at"] is None and at["output_bytes"]:
+                    told.append(f"{at['output_bytes']} bytes of output so far")
+            elif at is not None:
+                cut = ", cut" if at["output_truncated"] else ""
+                size = f"({at['output_bytes']} bytes of output{cut})" if at["output_bytes"] else ""
+                took = f"after {at['took_s']:.3f} s" if at["took_s"] is not None else ""
+                told = [*filter(None, (took, size)), *told]
+                at = None
+            time_ = _local_time(one["at"], "milliseconds")
+            state = self._painted(f"{one['state']:<9}")
+            text = ", ".join(told) + (f": {why}" if why and told else why)
+            print(f"{time_}  {state}  {_visible(wire.one_line(text))}".rstrip())
+
+    def _many(self, verb: str, data: Mapping[str, Any]) -> None:
+        """How many jobs were meant, and the ids of the first of them."""
+        if not self.is_terminal:
+            print(f"n\t{data['n']}\ndenied\t{data['denied']}", *data["ids"], sep="\n")
+            return
+        done = {"cancel": "cancelled or asked to end", "retry": "queued again"}[verb]
+        shown = ", ".join(map(str, data["ids"])) + (" ..." if data["n"] > len(data["ids"]) else "")
+        print(f"{data['n']} jobs {done}" + (f": {shown}" if shown else ""))
+        if data["denied"]:
+            print(f"{data['denied']} left alone: they are not yours")
 
     def _end(self, job: Mapping[str, Any]) -> None:
         message = f": {job['message']}" if job["message"] else ""
@@ -354,6 +502,8 @@ class _Screen:
             return "yes" if value else "no"
         if key in ("params", "jobdata") and isinstance(value, dict):
             return wire.one_line(_words(value))
+        if key in ("progress", "info") and isinstance(value, dict):
+            return wire.one_line(_progress(value))
         if self.is_terminal and key.endswith("_s") and isinstance(value, int | float):
             return _short(value)
         if key == "next" and isinstance(value, list):

@@ -84,6 +84,7 @@ from upq.notify import NOTIFY
 from upq.params import Param, ParamSpec, names_in, shown, suggest
 from upq.protocol import SUBMIT, VERBS, Request, parse
 from upq.rates import Rate
+from upq.vault import read_keys
 
 T = TypeVar("T")
 
@@ -190,10 +191,18 @@ class Db:
         "`full`: an ACK is on disk, and a server that does not promise that is refused;"
         " `relaxed`: it may be lost when the machine dies.",
     )
+    key_file: str = setting(
+        PATH,
+        "",
+        "Encrypt the values of `secret` parameters with the first key of this file, which"
+        " `upq --new-key FILE` makes and adds to; empty: they are stored as they are.",
+    )
     keep_done_s: float = setting(DURATION, "14d", "How long jobs that are done stay visible.")
     keep_failed_s: float = setting(
         DURATION, "90d", "The same for jobs that failed, were cancelled or expired."
     )
+    #: What `key_file` holds; a reload takes over other keys.
+    keys: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -726,6 +735,9 @@ def _with_params(job: JobSettings, ini: Ini) -> JobSettings:
         if name in job.secret:
             place = ini.place(f"job {job.name}", "serial")
             ini.fault(place, f"serial: {name} is secret, and the text of a turn is shown")
+    for name in sorted(job.secret.intersection(names_in(" ".join(job.command or ())))):
+        place = ini.place(f"job {job.name}", "command")
+        ini.warn(place, f"command: everyone on this machine can see {{{name}}} in `ps`")
     return _with_command(job, ini)
 
 
@@ -996,12 +1008,22 @@ def _with_file(db: Db, state_dir: str, ini: Ini) -> Db:
     return replace(db, url=f"{scheme}{slashes}{_absolute(ini.folder, file)}{mark}{query}")
 
 
+def _with_keys(db: Db, ini: Ini) -> Db:
+    if not db.key_file:
+        return db
+    try:
+        return replace(db, keys=read_keys(db.key_file))
+    except ValueError as error:
+        ini.fault(ini.place("db", "key_file"), f"key_file: {error}")
+        return db
+
+
 def load(path: str | os.PathLike[str], env: Mapping[str, str] = os.environ) -> Settings:
     """The settings of a file, with `upq.d/*.cfg` beside it. Raises ConfigError with every fault."""
     ini = Ini(os.fspath(path), env, (*SECTIONS, "tokens"))
     parts: dict[str, Any] = {name: _fill(cls, name, ini) for name, cls in SECTIONS.items()}
     paths = parts["paths"] = _with_socket(parts["paths"], ini)
-    parts["db"] = _with_file(parts["db"], paths.state_dir, ini)
+    parts["db"] = _with_keys(_with_file(parts["db"], paths.state_dir, ini), ini)
     modules = {module.stem for module in Path(paths.jobs_dir).glob("*.py")}
     _check_sections(ini)
     jobs = {name: _job(name, modules, ini) for name in _named("job", ini)}

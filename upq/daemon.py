@@ -44,6 +44,7 @@ from upq.runner import Runner
 from upq.schedule import Scheduler, faults_of
 from upq.server import Door, Place, bind_tcp, bind_unix
 from upq.trees import Lifeline, end_orphans
+from upq.vault import Vault
 from upq.views import Views
 
 log = logging.getLogger("upq")
@@ -162,11 +163,8 @@ class Daemon:
         settings = self.settings
         self._types = JobTypes(settings, self._lifeline)
         self._code = code_of(settings.paths.jobs_dir)
-        self._views = Views(
-            self._database,
-            self._hold,
-            lambda: self._types.secret,
-        )
+        vault = self._queue.vault = Vault(settings.db.keys, lambda: self._types.secret)
+        self._views = Views(self._database, self._hold, lambda: self._types.secret, vault)
         self._ends = Ends(self._views)
         self._runner = Runner(self._queue, self._types, self._lifeline)
         self._runner.keeper.declare = self._abandon
@@ -346,6 +344,7 @@ class Daemon:
             self.settings, self._code = settings, code
             self._types.configure(settings)
             self._runner.renew()
+            self._queue.vault.use(settings.db.keys)
             self._dispatcher.configure(settings)
             self._retention.configure(settings)
             self._make_pools()

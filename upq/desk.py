@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from sqlalchemy import Engine
 
-from upq.errors import KeyTaken, NotFound, RequestError, UpqError
+from upq.errors import KeyTaken, NotFound, RequestError, Unavailable, UpqError
 from upq.events import Event
 from upq.job import FINAL, Accepted, Job, NewJob
 from upq.plugins import UpqJob
@@ -123,6 +123,8 @@ class JobChild:
     def result(self) -> Any:
         """What the child has stored; None before its end."""
         end = self._end()
+        if end is not None and end.locked:
+            raise Unavailable(end.locked)
         return end.result if end else None
 
     @property

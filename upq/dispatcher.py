@@ -7,9 +7,10 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from upq import log as logs
 from upq import protocol, when
 from upq.access import Access, Peer
 from upq.claimer import Claimer
@@ -19,6 +20,8 @@ from upq.errors import (
     BadParams,
     Busy,
     Denied,
+    NotFound,
+    Refused,
     RequestError,
     Stopping,
     TimedOut,
@@ -28,6 +31,8 @@ from upq.errors import (
 from upq.job import (
     BLOCKED,
     CANCELLED,
+    DONE,
+    FAILED,
     FINAL,
     QUEUED,
     RESULT_LIMIT_BYTES,
@@ -37,13 +42,14 @@ from upq.job import (
     NewJob,
 )
 from upq.jobtypes import JobType, JobTypes
-from upq.notify import NOTIFY, mask
+from upq.notify import NOTIFY
 from upq.params import queue_name
-from upq.plugins import Desk
+from upq.plugins import Desk, Piece, stored_piece
 from upq.protocol import Options, Request
 from upq.queue import Lane, Queue
 from upq.record import encode
-from upq.views import Views
+from upq.secret import mask, scrub
+from upq.views import AHEAD_LIMIT, Filter, Found, Views
 from upq.wire import Ack
 
 log = logging.getLogger(__name__)
@@ -54,6 +60,8 @@ NOT_YET = {"node": "@node:"}
 LANES_LIMIT = 20_000
 #: Jobs that one submit_many may hold.
 MANY_LIMIT = 10_000
+#: Ids that the answer to a `cancel` or `retry` of many has.
+MANY_SHOWN = 100
 #: Seconds that the length of the queues is remembered for `max_queue`.
 LENGTH_AGE_S = 0.2
 
@@ -254,11 +262,14 @@ class Dispatcher:
         return new, message
 
     def _ask(self, kind: JobType, params: dict[str, Any]) -> str:
-        plugin = kind.make(dict(params), self.desk)
-        refusal = kind.refusal(plugin)
+        """What its check() says. Raises Refused."""
+        hidden = kind.hidden_in(params)
+        with logs.hiding(hidden):
+            plugin = kind.make(dict(params), self.desk)
+            refusal = kind.refusal(plugin)
         if refusal is not None:
-            raise refusal
-        return plugin.msgstr
+            raise Refused(scrub(str(refusal), hidden))
+        return scrub(plugin.msgstr, hidden)
 
     def _set_options(self, new: NewJob, kind: JobType, options: Options) -> None:
         for name, spelt in NOT_YET.items():
@@ -314,7 +325,10 @@ class Dispatcher:
             if name in self._verbs
         }
         types = {
-            name: {"params": list(kind.cfg.params.names if kind.cfg.params else ())}
+            name: {
+                "params": list(kind.params.names if kind.params else ()),
+                "declared": str(kind.params or ""),
+            }
             for name, kind in self._types.by_name.items()
             if kind.cls is not None and name != NOTIFY
         }
@@ -424,44 +438,134 @@ class Dispatcher:
         return (running + waiting)[:limit]
 
     def _jobs(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
-        self._must_read(peer)
-        queue = args.pop("queue", None)
-        only = None if queue is None else self._lanes_of(queue)
-        types = {self._queue.lanes[id].type for id in only or ()}
-        if len(types) == 1:
-            # There is an index on types.
-            args.setdefault("type", *types)
-        return {"jobs": self._views.jobs(self._queue.lanes, only=only, **args)}
+        self._must_read(peer, args.get("submitter", ""))
+        limit, before = args.pop("limit", 20), args.pop("before", None)
+        page = self._views.page(self._queue.lanes, self._filter(args), limit, before)
+        return {"jobs": page.jobs, "next": page.next}
+
+    def _filter(self, args: dict[str, Any]) -> Filter:
+        """Which jobs are meant; lanes are told where the counts of them save a long look."""
+        state, type, queue = args.get("state"), args.get("type"), args.get("queue")
+        lanes = None
+        if queue is not None or (state is not None and type is not None):
+            lanes = frozenset(
+                lane.id
+                for lane in self._queue.lanes.values()
+                if queue in (None, lane.queue) and type in (None, lane.type)
+            )
+            types = {lane.type for lane in self._queue.lanes.values() if lane.id in lanes}
+            type = types.pop() if len(types) == 1 else type
+        return Filter(state, type, lanes, args.get("submitter"))
 
     def _lanes_of(self, queue: str) -> list[int]:
         return [lane.id for lane in self._queue.lanes.values() if lane.queue == queue]
 
     def _show(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
-        job = self._readable(args["id"], peer)
+        id = args["id"]
+        job = self._readable(id, peer)
+        attempts = self._views.attempts(id)
+        if attempts and job["state"] == RUNNING and (live := self._live(id, 0)):
+            attempts[-1]["output_bytes"] = live[1].size_bytes
         return {
             "job": job,
-            "why": self._reason(job),
-            "history": self._views.history(args["id"]),
-            "children": self._views.children(args["id"]),
+            "why": self._reason(job, self._ahead(job)),
+            "history": self._views.history(id),
+            "children": self._views.children(id),
+            "attempts": attempts,
         }
 
+    def _live(self, id: int, start: int) -> tuple[int, Piece] | None:
+        """What a job that runs in this daemon has written so far, and which of its starts it is."""
+        for job, plugin in self._claimer.running():
+            if job.id == id:
+                return job.starts, plugin.written(start) if plugin else Piece("", start, 0)
+        return None
+
     def _output(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
-        self._readable(args["id"], peer)
-        return self._views.output(args["id"])
+        id, start, which = args["id"], args.get("from", 0), args.get("start")
+        job = self._readable(id, peer)
+        live = self._live(id, start)
+        if live is not None and which in (None, live[0]):
+            text, next_, size_bytes = live[1]
+            return {"id": id, "attempt": live[0], "text": text, "size_bytes": size_bytes,
+                    "truncated": False, "running": True, "next": next_}  # fmt: skip
+        if which is None and job["state"] == RUNNING:
+            raise NotFound(f"job {id} runs in another daemon: its output is there at its end")
+        found = self._views.output(id, which)
+        text, next_, _ = stored_piece(found["text"], found["size_bytes"], start)
+        return {**found, "text": text, "running": False, "next": next_}
 
     def _cancel(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
+        if "id" not in args:
+            return self._many("cancel", args, peer, [QUEUED, BLOCKED, RUNNING])
         job = self._managed(args["id"], peer, "cancel")
+        self._alone(args)
         token = self._queue.cancel(job["id"], peer.name)
-        if token:
-            self._claimer.cancel(self._queue.lane(job["queue"], job["type"]), token)
+        self._ask_to_end(job["type"], token)
         log.info("(%s:%d) cancelled by %s", job["type"], job["id"], peer.name)
         return {"id": job["id"], "state": RUNNING if token else CANCELLED}
 
+    def _ask_to_end(self, type: str, token: int) -> None:
+        """Ask a job that runs here to end; a token of 0 is of none that runs."""
+        pool = self._claimer.pools.get(type)
+        if token and pool:
+            pool.cancel(token)
+
     def _retry(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
+        if "id" not in args:
+            return self._many("retry", args, peer, [FAILED])
         job = self._managed(args["id"], peer, "retry")
+        self._alone(args)
         self._queue.retry(job["id"], peer.name)
         log.info("(%s:%d) queued again by %s", job["type"], job["id"], peer.name)
         return {"id": job["id"], "state": QUEUED}
+
+    def _alone(self, args: dict[str, Any]) -> None:
+        if len(args) > 1:
+            raise BadParams("an id stands alone; or say which jobs: type, state, queue, since")
+
+    def _many(
+        self, verb: str, args: dict[str, Any], peer: Peer, states: list[str]
+    ) -> dict[str, Any]:
+        """Cancel or retry all jobs of a kind that the peer may manage, CHUNK a transaction."""
+        if not args.keys() - {"limit"}:
+            raise BadParams(f"usage: {verb} {protocol.VERBS[verb].usage}")
+        state = args.get("state")
+        if state is not None:
+            if (state in FINAL) != (verb == "retry") or state == DONE:
+                raise BadParams(f"{verb}: a job that is {state} cannot be meant")
+            states = [state]
+        limit, now = args.get("limit"), when.now()
+        since_s = args.get("since")
+        since_at = now - round(since_s * 1e6) if since_s is not None else None
+        kind = " ".join(f"{key}:{value}" for key, value in args.items())
+        log.info("%s %s asked by %s", verb, kind, peer.name)
+        ids: list[int] = []
+        denied = n = 0
+        for each in states:
+            wanted = self._filter({**args, "state": each})
+            for chunk in self._views.chunks(wanted, since_at, now):
+                mine = [one for one in chunk if self.access.may_manage(peer, one.submitter)]
+                denied += len(chunk) - len(mine)
+                if limit is not None:
+                    mine = mine[: limit - n]
+                changed = self._change(verb, mine, peer)
+                n += len(changed)
+                ids += changed[: MANY_SHOWN - len(ids)]
+                if n == limit or self.stopping:
+                    return {"n": n, "ids": ids, "denied": denied}
+        return {"n": n, "ids": ids, "denied": denied}
+
+    def _change(self, verb: str, jobs: list[Found], peer: Peer) -> list[int]:
+        ids = [one.id for one in jobs]
+        if not ids:
+            return []
+        if verb == "retry":
+            return self._queue.retry_many(ids, peer.name)
+        tokens = self._queue.cancel_many(ids, peer.name)
+        for one in jobs:
+            self._ask_to_end(one.type, tokens.get(one.id, 0))
+        return list(tokens)
 
     def _wait(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
         self._readable(args["id"], peer)
@@ -489,7 +593,8 @@ class Dispatcher:
             "accepted": True,
             "type": new.type,
             "queue": queue,
-            "params": mask(new.params, self._types.secret),
+            "params": mask(new.params, self._types.secret, kind.hidden_in(new.params)),
+            "declared": str(kind.params or ""),
             "priority": new.priority,
             "run_at": when.iso(new.run_at) if new.run_at is not None else None,
             "message": message,
@@ -499,53 +604,78 @@ class Dispatcher:
 
     def _why(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
         job = self._readable(args["id"], peer)
-        return {"id": job["id"], "state": job["state"], "why": self._reason(job)}
+        ahead = self._ahead(job)
+        return {
+            "id": job["id"],
+            "state": job["state"],
+            "why": self._reason(job, ahead),
+            "since": self._views.since(job["id"]),
+            "ahead": ahead,
+            "progress": job["progress"],
+        }
 
-    def _reason(self, job: dict[str, Any]) -> str:
-        reason = self._cause(job)
-        if job["expires_at"] is not None and job["state"] in (QUEUED, BLOCKED):
-            return f"{reason}; it expires at {job['expires_at']}"
-        return reason
+    def _reason(self, job: dict[str, Any], ahead: int | None) -> str:
+        """One sentence: why the job does not run, with what goes before it and since when."""
+        since = self._views.since(job["id"]) or job["created_at"]
+        if job["state"] in FINAL:
+            message = f": {job['message']}" if job["message"] else ""
+            return f"it is {job['state']} since {job['ended_at']}{message}"
+        if job["state"] == RUNNING:
+            causes = [job["reason"], told_progress(job["progress"])]
+            return " and ".join([f"it runs since {job['started_at']}", *filter(None, causes)])
+        causes = [cause for cause in self._causes(job) if cause]
+        if not causes:
+            causes = [self._places(job)]
+        count = f"{AHEAD_LIMIT} jobs or more" if ahead == AHEAD_LIMIT else f"{ahead} jobs"
+        jobs = "1 job is" if ahead == 1 else f"{count} are"
+        return f"it waits since {since}: {'; '.join(causes)}; {jobs} ahead of it"
 
-    def _cause(self, job: dict[str, Any]) -> str:
-        id, state = job["id"], job["state"]
-        if state in FINAL:
-            return f"it is {state} since {job['ended_at']}" + (
-                f": {job['message']}" if job["message"] else ""
-            )
-        if state == RUNNING:
-            since = f"it runs since {job['started_at']}"
-            return f"{since} and {job['reason']}" if job["reason"] else since
-        if job["reason"] and state == BLOCKED:
-            awaited = [f"{other} ({is_})" for other, is_ in self._views.awaited(id)]
-            if awaited:
-                return f"{job['reason']}; it needs {', '.join(awaited)}"
-            lane = self._queue.lane(job["queue"], job["type"])
-            return f"{job['reason']}, {self._ahead(id, lane)} jobs are ahead of it"
-        if self._queue.writer.trouble:
-            return self._queue.writer.trouble
+    def _causes(self, job: dict[str, Any]) -> Iterator[str]:
+        """What keeps a waiting job from being started, apart from others that use the places."""
+        yield self._queue.writer.trouble
+        if self.stopping:
+            yield "the daemon is stopping"
         if self._claimer.drained:
-            return "the daemon is drained; `resume` lets it start jobs again"
-        if (turn := self._views.turn(id)) is not None:
-            return f"it waits for its turn behind job {turn.holder} (key {turn.key})"
+            yield "the daemon is drained; `resume` lets it start jobs again"
+        awaited = [f"{other} ({is_})" for other, is_ in self._views.awaited(job["id"])]
+        # What is shown is that of its lane, where that holds it.
+        own = self._views.own_reason(job["id"])
         if job["run_at"] is not None and when.instant(job["run_at"]) > when.now():
-            cause = f" ({job['reason']}: {job['message']})" if job["reason"] else ""
-            return f"it is not to start before {job['run_at']}{cause}"
+            told = ": ".join(filter(None, (own, job["message"]))) if own else ""
+            yield f"it is not to start before {job['run_at']}{f' ({told})' if told else ''}"
+        elif (turn := self._views.turn(job["id"])) is not None:
+            yield f"it waits for its turn behind job {turn.holder} (key {turn.key})"
+        else:
+            yield own
+        if awaited:
+            some = ", ".join(awaited[:8]) + (" ..." if len(awaited) > 8 else "")
+            yield f"it needs {some}"
+        yield self._claimer.reason(self._queue.lane(job["queue"], job["type"]))
+        if job["expires_at"] is not None:
+            yield f"it expires at {job['expires_at']}"
+
+    def _places(self, job: dict[str, Any]) -> str:
         lane = self._queue.lane(job["queue"], job["type"])
         pool = self._claimer.pool_of(lane)
         name = self._types.rules.pool_name(lane)
-        busy = ", ".join(str(j.id) for j, _ in pool.running()[:8]) if pool else ""
         places = pool.sizes() if pool else {"running": 0, "places": 0}
+        busy = ", ".join(
+            f"{one.id}{f' {told}' if plugin and (told := percent(plugin.last_progress)) else ''}"
+            for one, plugin in (pool.running()[:8] if pool else ())
+        )
         of = f"pool {name}" if name else job["type"]
         return (
             f"{places['running']} of {places['places']} places of {of} are busy"
-            f"{f' (jobs {busy})' if busy else ''}, {self._ahead(id, lane)} jobs are ahead of it"
+            f"{f' (jobs {busy})' if busy else ''}"
         )
 
-    def _ahead(self, id: int, lane: Lane) -> int:
-        """How many jobs go before this one, as far as their order is known."""
+    def _ahead(self, job: dict[str, Any]) -> int | None:
+        """How many jobs go before one that waits, as far as their order is known."""
+        if job["state"] not in (QUEUED, BLOCKED):
+            return None
+        lane = self._queue.lane(job["queue"], job["type"])
         first, same = self._types.rules.ahead_of(lane, self._queue.lanes.values())
-        return self._views.ahead(id, lane.id, same, first)
+        return self._views.ahead(job["id"], lane.id, same, first)
 
     def _nodes(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
         self._must_read(peer)
@@ -623,3 +753,17 @@ class Dispatcher:
     def _must_admin(self, peer: Peer, verb: str) -> None:
         if not self.access.is_admin(peer):
             raise Denied(f"{peer.name} may not {verb} ([access] admin)")
+
+
+def percent(progress: dict[str, Any] | None) -> str:
+    """How far a job is, as one word; "" when it has not said so."""
+    if not progress or progress.get("done") is None:
+        return ""
+    done, total = progress["done"], progress.get("total")
+    return f"{done / total:.0%}" if total else f"{done:g}"
+
+
+def told_progress(progress: dict[str, Any] | None) -> str:
+    """The same with its text, as part of a sentence."""
+    said = " ".join(filter(None, (percent(progress), (progress or {}).get("text"))))
+    return f"is at {said}" if said else ""

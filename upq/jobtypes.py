@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 import sys
@@ -20,14 +21,20 @@ from upq.draws import Bounds, Level, Plan, Token
 from upq.errors import BadParams, Broken, Disabled, Refused, RequestError, UnknownCommand
 from upq.gates import Closed
 from upq.job import QUEUE, REPLACE, Job, Limits, NewJob
-from upq.notify import NOTIFY
-from upq.params import fill_key, names_in, queue_of, suggest
+from upq.notify import NOTIFY, secret_settings
+from upq.params import ParamSpec, fill_key, names_in, queue_of, shown, suggest
 from upq.plugins import Desk, Loader, UpqJob, blame
 from upq.queue import Lane
 from upq.record import canonical, digest
+from upq.secret import secret_texts
 from upq.trees import Lifeline
 
 log = logging.getLogger(__name__)
+
+#: Numbers from 0 to 1 that are evenly spread however many are taken: each lies in the widest gap of
+#: those before. What fails in the same second is then tried again in seconds of its own.
+_GOLDEN = 0.6180339887498949
+_steps = itertools.count(random.randrange(1 << 20))
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,12 @@ class JobType:
     jobcfg: Mapping[str, str] = field(default_factory=dict)
     #: Who may submit it; None leaves it to [access].
     submitters: Principals | None = None
+    #: What it takes: as `params` in its section says, else the annotations of its class.
+    params: ParamSpec | None = None
+    #: Names of params that are never shown, those of all types.
+    secret: frozenset[str] = frozenset()
+    #: Values of the section that are never shown.
+    hidden: tuple[str, ...] = ()
 
     #: Whether its section sets limits to each of its jobs: `limits` says which.
     limited: bool = False
@@ -77,16 +90,27 @@ class JobType:
         """The params as the job gets them. Raises BadParams."""
         if "subjobs" in params:
             raise BadParams("subjobs: what follows a job is said in upq.cfg, not in a submit")
-        if self.cfg.params is None:
+        if self.params is None:
             return dict(params)
-        return self.cfg.params.check(params, self.cfg.secret)
+        return self.params.check(params, self.secret)
 
     def at_run(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """jobdata for a run: as `accept`, but a chain may carry more than the type declares."""
-        if self.cfg.params is None:
+        if self.params is None:
             return dict(data)
-        declared = {name: data[name] for name in self.cfg.params.names if name in data}
-        return {**data, **self.cfg.params.check(declared, self.cfg.secret)}
+        declared = {name: data[name] for name in self.params.names if name in data}
+        return {**data, **self.params.check(declared, self.secret)}
+
+    @property
+    def hides(self) -> bool:
+        """Whether there is anything that must not be told of its jobs."""
+        return bool(self.secret or self.hidden)
+
+    def hidden_in(self, *datas: Any) -> list[str]:
+        """Texts that nothing told of a job with this data may hold."""
+        if not self.secret:
+            return list(self.hidden)
+        return [*secret_texts(datas, self.secret), *self.hidden]
 
     def limits(
         self,
@@ -143,7 +167,11 @@ class JobType:
     def retry_wait_s(self, attempt: int) -> float:
         cfg = self.cfg
         return when.backoff(
-            attempt, cfg.retry_delay_s, cfg.retry_backoff, cfg.retry_max_s, random.random()
+            attempt,
+            cfg.retry_delay_s,
+            cfg.retry_backoff,
+            cfg.retry_max_s,
+            next(_steps) * _GOLDEN % 1,
         )
 
 
@@ -235,11 +263,26 @@ class JobTypes:
                 # For about four days.
                 cfg = replace(cfg, retries=100, retry_delay_s=15.0, retry_max_s=3600.0)
         cls, fault = self._class_or_fault(cfg)
+        params = cfg.params or (cls.declared if cls else None)
+        unknown = sorted(cfg.secret - set(params.names)) if params else []
+        if unknown and cfg.params is None:
+            cls, fault = None, Broken(f"secret: no parameter {shown(unknown[0])}")
         submitters = None if cfg.submit is None else Principals(cfg.submit)
         limited = bool(
             cfg.unique or cfg.serial or cfg.expires_s or cfg.max_queue or cfg.when_busy != QUEUE
         )
-        return JobType(name, cfg, cls, fault, MappingProxyType(jobcfg), submitters, limited)
+        return JobType(
+            name,
+            cfg,
+            cls,
+            fault,
+            MappingProxyType(jobcfg),
+            submitters,
+            params,
+            self.secret,
+            tuple(secret_settings({k: v for k, v in jobcfg.items() if k not in self._paths})),
+            limited=limited,
+        )
 
     def _class_or_fault(self, cfg: JobSettings) -> tuple[type[UpqJob] | None, RequestError | None]:
         if not cfg.enabled:

@@ -11,6 +11,7 @@ import logging
 import os
 import pwd
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,8 @@ from typing import NoReturn
 
 import daemon as python_daemon
 
-from upq import __version__, config
+from upq import __version__, config, vault
+from upq import log as logs
 from upq.config import Settings
 from upq.daemon import Daemon, lock, set_up_log
 from upq.errors import CannotCreate, ConfigError, NotAllowed, StartError
@@ -43,6 +45,8 @@ def parser() -> argparse.ArgumentParser:
     every = "report every fault of the configuration and of the jobs"
     made.add_argument("--check", action="store_true", help=every)
     made.add_argument("--settings", action="store_true", help="print all settings, one a line")
+    key = "put a new key in front of those of a [db] key_file, which is made when it is missing"
+    made.add_argument("--new-key", metavar="FILE", help=key)
     stay = "do not detach, whatever [daemon] says"
     made.add_argument("--foreground", action="store_true", help=stay)
     made.add_argument("--version", action="version", version=f"upq {__version__}")
@@ -59,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(config.describe())
         return 0
     try:
+        if args.new_key:
+            return new_key(args.new_key)
         settings = load(args.config, args.logfile)
         if args.check:
             return check(settings)
@@ -113,6 +119,16 @@ def check(settings: Settings) -> int:
     return 0
 
 
+def new_key(path: str) -> int:
+    try:
+        count = vault.add_key(path)
+    except ValueError as error:
+        raise CannotCreate(str(error)) from error
+    what = "1 key" if count == 1 else f"{count} keys, the first encrypts"
+    print(f"{path}: {what}; keep a copy of it, apart from those of the database")
+    return 0
+
+
 def detach(settings: Settings, logfile: str | None) -> int:
     """Go to the background; the caller's process stays until READY and returns how it went."""
     read, write = os.pipe()
@@ -145,6 +161,7 @@ def serve(settings: Settings, logfile: str | None, ready_fd: int | None = None) 
         sys.setswitchinterval(SWITCH_S)
         one = Daemon(settings, lambda: inside_chroot(load(settings.file, logfile)))
         one.catch_signals()
+        threading.excepthook = logs.thread_failed
         try:
             one.start()
         except StartError as error:

@@ -14,6 +14,8 @@ import re
 import threading
 import time
 import traceback
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -36,6 +38,47 @@ class _Here(threading.local):
 
 
 _here = _Here()
+
+#: Texts that no line may hold, the longest first, replaced as a whole; and who asked how often.
+_hidden: tuple[str, ...] = ()
+_hidden_counts: Counter[str] = Counter()
+_hiding = threading.Lock()
+
+
+@contextlib.contextmanager
+def hiding(texts: Sequence[str]) -> Iterator[None]:
+    """Inside the block these texts are *** in every line, whichever thread logs it."""
+    if not texts:
+        yield
+        return
+    _hide(texts, 1)
+    try:
+        yield
+    finally:
+        _hide(texts, -1)
+
+
+def _hide(texts: Sequence[str], by: int) -> None:
+    global _hidden  # noqa: PLW0603, one log for the process
+    with _hiding:
+        _hidden_counts.update(dict.fromkeys(texts, by))
+        for text in texts:
+            if not _hidden_counts[text]:
+                del _hidden_counts[text]
+        _hidden = tuple(sorted(_hidden_counts, key=len, reverse=True))
+
+
+def _masked(line: str) -> str:
+    for text in _hidden:
+        line = line.replace(text, "***")
+    return line
+
+
+def thread_failed(args: threading.ExceptHookArgs) -> None:
+    """What `threading.excepthook` is in the daemon: a job's own thread ends in the log as well."""
+    if args.exc_value is not None and args.exc_type is not SystemExit:
+        name = args.thread.name if args.thread else "?"
+        logging.getLogger("upq").warning("thread %s failed", name, exc_info=args.exc_value)
 
 
 class job:
@@ -85,9 +128,9 @@ class PlainFormat(logging.Formatter):
         record.asctime = self._time(record)
         line = self.formatMessage(record)
         trace = _trace(record)
-        if not trace:
-            return line
-        return "\n    ".join((line, *map(one_line, trace.splitlines())))
+        if trace:
+            line = "\n    ".join((line, *map(one_line, trace.splitlines())))
+        return _masked(line) if _hidden else line
 
     def _time(self, record: logging.LogRecord) -> str:
         second = int(record.created)
@@ -108,7 +151,7 @@ class JsonFormat(logging.Formatter):
         line |= {"logger": record.name, "message": _message(record)}
         if trace := _trace(record):
             line["trace"] = trace
-        return json.dumps(line)
+        return _masked(json.dumps(line))
 
 
 def _message(record: logging.LogRecord) -> str:

@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 
 from upq.errors import BadParams
 from upq.job import DONE, EXPIRED, FAILED, Job, NewJob, Outcome
+from upq.secret import mask, scrub, secret_texts
 
 #: The job type that delivers, and that never notifies.
 NOTIFY = "notify"
-#: Stands where a secret stood.
-MASK = "***"
 #: Bytes of captured output that a notification carries.
 TAIL_BYTES = 4096
 #: Characters of message, and of JSON of params and of result, that a notification carries.
@@ -92,15 +91,15 @@ def follow(
     if job.type == NOTIFY or not targets:
         return []
     data = job.data if outcome.data is None else outcome.data
-    hidden = secret_texts((job.params, data), secret)
+    hidden = [*secret_texts((job.params, data), secret), *secret_settings(jobcfg or {})]
     output = outcome.output.text if outcome.output else ""
     told = {
         "jobname": job.type,
         "jobid": job.id,
-        "jobdata": fitting(mask(data, secret)),
+        "jobdata": fitting(mask(data, secret, hidden)),
         "jobcfg": mask(dict(jobcfg or {}), frozenset(filter(SECRET_SETTING.search, jobcfg or {}))),
         "msgstr": scrub(outcome.message, hidden)[:TEXT_LIMIT],
-        "result": fitting(mask(outcome.result, secret)),
+        "result": fitting(mask(outcome.result, secret, hidden)),
         "retries": job.attempt - 1,
         "state": outcome.state,
         "queue": job.queue,
@@ -113,27 +112,10 @@ def follow(
     return [NewJob(NOTIFY, {"target": target, "job": told}) for target in dict.fromkeys(targets)]
 
 
-def mask(value: Any, secret: frozenset[str]) -> Any:
-    """The same value with *** for whatever a secret name holds, however deep."""
-    if not secret:
-        return value
-    if isinstance(value, Mapping):
-        return {k: MASK if k in secret else mask(v, secret) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [mask(v, secret) for v in value]
-    return value
-
-
-def secret_texts(datas: Iterable[Mapping[str, Any]], secret: frozenset[str]) -> list[str]:
-    """What secret params hold, the longest first; nothing so short that it is in every text."""
-    texts = {str(data[name]) for data in datas for name in secret if name in data}
-    return sorted((text for text in texts if len(text) > 3), key=len, reverse=True)
-
-
-def scrub(text: str, hidden: Iterable[str]) -> str:
-    for secret_text in hidden:
-        text = text.replace(secret_text, MASK)
-    return text
+def secret_settings(jobcfg: Mapping[str, str]) -> list[str]:
+    """The values of a section that sound secret, the longest first."""
+    names = {name for name in jobcfg if SECRET_SETTING.search(name)} - {"secret"}
+    return secret_texts((dict(jobcfg),), frozenset(names))
 
 
 def fitting(value: Any) -> Any:

@@ -7,13 +7,16 @@ file and line); a fault in what a client sent is BadParams.
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 import math
 import re
 import shlex
+import types
+import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import PurePath
+from pathlib import Path, PosixPath, PurePath, PurePosixPath
 from typing import Any
 
 from upq.errors import BadParams
@@ -29,6 +32,7 @@ _PARAM = re.compile(
     rf"(?P<name>{_NAME})(?::(?P<type>[a-z]+)(?:\((?P<choices>[^)]*)\))?)?(?P<optional>\?)?"
     r"""(?:=(?P<default>"[^"]*"|\S*))?(?:\s+|$)"""
 )
+_BARE = re.compile(r'[^\s"]+')
 _BRACE = re.compile(rf"\{{\{{|\}}\}}|\{{({_NAME})\}}|[{{}}]")
 _SHELLS = {"sh", "bash", "dash", "ash", "ksh", "zsh"}
 _SCRIPT_NEXT = re.compile(r"-[a-z]*c")
@@ -124,6 +128,16 @@ class Param:
             return value
         return _TYPES[self.type](value)
 
+    def __str__(self) -> str:
+        """As a declaration spells it."""
+        kind = f":{self.type}" if self.type != "str" else ""
+        if self.choices:
+            kind += f"({','.join(self.choices)})"
+        if self.default is None:
+            return f"{self.name}{kind}{'' if self.required else '?'}"
+        text = self.default if isinstance(self.default, str) else json.dumps(self.default)
+        return f"{self.name}{kind}={text if _BARE.fullmatch(text) else chr(34) + text + chr(34)}"
+
 
 @dataclass(frozen=True, slots=True)
 class ParamSpec:
@@ -148,6 +162,29 @@ class ParamSpec:
                 raise ValueError(f"{param.name} is declared twice")
             params[param.name] = param
         return cls(tuple(params.values()))
+
+    @classmethod
+    def of(cls, job: type, taken: Collection[str] = ()) -> ParamSpec | None:
+        """What the annotations of a job class declare, those of its bases first; None for none.
+
+        `fid: int` is required, `mode: Literal["fast", "full"] = "fast"` has a default, and what may
+        be None (`Path | None`) is optional. Names that begin with `_` and ClassVars are the class's
+        own, `taken` are every job's. Raises ValueError that names the parameter at fault.
+        """
+        params: dict[str, Param] = {}
+        for base in reversed(job.__mro__[:-1]):
+            if not base.__module__.startswith("upq."):
+                for name, hint in _annotations(base).items():
+                    if not name.startswith("_") and typing.get_origin(hint) is not typing.ClassVar:
+                        if name in taken:
+                            raise ValueError(
+                                f"{name}: every job has an attribute of that name; choose another"
+                            )
+                        params[name] = _annotated(name, hint, job)
+        return cls(tuple(params.values())) if params else None
+
+    def __str__(self) -> str:
+        return " ".join(map(str, self.params))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -196,6 +233,57 @@ def _declared(match: re.Match[str]) -> Param:
         return replace(param, default=param.convert(text.strip('"')))
     except ValueError as error:
         raise ValueError(f"{name}: the default {shown(text)} {error}") from None
+
+
+#: What a class's annotations mean.
+_HINTS: dict[Any, str] = {
+    **{
+        str: "str",
+        int: "int",
+        float: "float",
+        bool: "bool",
+        Any: "any",
+        dict: "json",
+        list: "json",
+    },
+    **dict.fromkeys((Path, PurePath, PosixPath, PurePosixPath), "path"),
+}
+
+
+def _annotations(base: type) -> dict[str, Any]:
+    try:
+        return inspect.get_annotations(base, eval_str=True)
+    except Exception as error:  # it is the job's code, as the rest of its module
+        raise ValueError(f"annotations of {base.__name__}: {error}") from None
+
+
+def _annotated(name: str, hint: Any, job: type) -> Param:
+    """One annotation as a parameter; its default is the attribute of the class."""
+    optional = False
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        rest = [each for each in typing.get_args(hint) if each is not types.NoneType]
+        optional = len(rest) < len(typing.get_args(hint))
+        hint = rest[0] if len(rest) == 1 else hint
+    choices: tuple[str, ...] = ()
+    if typing.get_origin(hint) is typing.Literal:
+        kind, choices = "choice", typing.get_args(hint)
+    else:
+        kind = _HINTS.get(typing.get_origin(hint) or hint, "")
+    if not kind or not all(isinstance(choice, str) for choice in choices):
+        raise ValueError(
+            f"{name}: {shown(hint)} is none of str, int, float, bool, Path, dict, list, Any and"
+            " Literal of texts, each maybe `| None`; ClassVar for what is no parameter"
+        )
+    default = getattr(job, name, None)
+    has_default = default is not None or hasattr(job, name)
+    param = Param(name, kind, choices, required=not optional and not has_default)
+    if default is None:
+        return param
+    try:
+        value = str(default) if isinstance(default, PurePath) else default
+        return replace(param, default=param.convert(value))
+    except ValueError as error:
+        raise ValueError(f"{name}: the default {shown(default)} {error}") from None
 
 
 def _names(word: str) -> list[str]:

@@ -10,11 +10,13 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import inspect
 import io
 import logging
 import math
 import os
 import pwd
+import re
 import stat
 import sys
 import threading
@@ -24,11 +26,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
 from upq.errors import Broken, UpqError
 from upq.interrupt import Door
 from upq.job import DONE, Output
+from upq.params import ParamSpec
+from upq.secret import MASK, SHORT, open_end, scrub
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -84,13 +88,58 @@ class Desk(Protocol):
     def list_jobs(self, queue: str, limit: int) -> list[dict[str, Any]]: ...
 
 
+class Piece(NamedTuple):
+    """A part of an output: text, the byte at which the next part begins, and all that there is."""
+
+    text: str
+    next: int
+    size_bytes: int
+
+
+def gap(left_out: int) -> bytes:
+    return f"\n[... {left_out or 'some'} bytes left out ...]\n".encode()
+
+
+def piece(head: bytes, tail: bytes, size: int, start: int) -> Piece:
+    """An output from byte `start` on, of which head and tail were kept."""
+    tail_start = size - len(tail)
+    found = bytes(head[start:])
+    if start < tail_start:
+        left_out = tail_start - max(start, len(head))
+        found += (gap(left_out) if left_out else b"") + tail
+    else:
+        found += tail[start - tail_start :]
+    # Half a character is for the next time.
+    for back in range(1, min(3, len(found)) + 1):
+        if found[-back] >= 0xC0:
+            if back < 2 + (found[-back] >= 0xE0) + (found[-back] >= 0xF0):
+                found, size = found[:-back], size - back
+            break
+        if found[-back] < 0x80:
+            break
+    return Piece(found.decode("utf-8", "replace"), max(size, start), max(size, start))
+
+
+def stored_piece(text: str, size: int, start: int) -> Piece:
+    """The same of an output that was stored."""
+    for found in re.finditer(r"\n\[\.\.\. ([0-9]+) bytes left out \.\.\.\]\n", text):
+        head, tail = text[: found.start()].encode(), text[found.end() :].encode()
+        if len(head) + int(found[1]) + len(tail) == size:
+            return piece(head, tail, size, start)
+    return piece(text.encode(), b"", len(text.encode()), start)
+
+
 class Clipped(io.TextIOBase):
     """A text file that keeps the first and the last half of its limit and counts the rest.
 
-    Any thread may write; memory stays below twice the limit whatever is written.
+    Any thread may write; memory stays below twice the limit whatever is written. What holds one
+    of the `hidden` texts has *** in its place, also when it comes in several writes.
     """
 
-    def __init__(self, limit_bytes: int = OUTPUT_LIMIT_BYTES) -> None:
+    def __init__(self, limit_bytes: int = OUTPUT_LIMIT_BYTES, hidden: Sequence[str] = ()) -> None:
+        self._hidden = [text.encode("utf-8", "replace") for text in hidden]
+        # The end of what was written, which may be the beginning of a hidden text.
+        self._pending = b""
         self._half = max(limit_bytes // 2, 1)
         self._head = bytearray()
         self._tail = bytearray()
@@ -106,8 +155,14 @@ class Clipped(io.TextIOBase):
         return len(text)
 
     def write_bytes(self, data: bytes) -> None:
-        rest = memoryview(data)  # so that no part of it is copied on the way
         with self._lock:
+            if self._hidden:
+                data = self._pending + data
+                for text in self._hidden:
+                    data = data.replace(text, MASK.encode())
+                cut = len(data) - open_end(data, self._hidden)
+                data, self._pending = data[:cut], data[cut:]
+            rest = memoryview(data)  # so that no part of it is copied on the way
             self._size += len(data)
             room = self._half - len(self._head)
             if room > 0:
@@ -120,18 +175,23 @@ class Clipped(io.TextIOBase):
     def kept(self) -> Output | None:
         """What was written, or None when nothing was."""
         with self._lock:
-            if not self._size:
+            end = self._pending if len(self._pending) <= SHORT else MASK.encode()
+            size, half = self._size + len(end), self._half
+            if not size:
                 return None
-            size, half = self._size, self._half
-            head, tail = bytes(self._head), bytes(self._tail[-half:])
+            head, tail = bytes(self._head), bytes((self._tail + end)[-half:])
         left_out = size - len(head) - len(tail)
         if not left_out:
             whole = readable(head + tail)
             if len(whole) <= 2 * half:
                 return Output(whole.decode(), size, False)
-        gap = f"\n[... {left_out or 'some'} bytes left out ...]\n".encode()
-        text = readable(head)[:half] + gap + readable(tail)[-half:]
+        text = readable(head)[:half] + gap(left_out) + readable(tail)[-half:]
         return Output(text.decode("utf-8", "ignore"), size, True)
+
+    def since(self, start: int) -> Piece:
+        """What was written from byte `start` on, as far as it is kept."""
+        with self._lock:
+            return piece(bytes(self._head), bytes(self._tail), self._size, start)
 
 
 def readable(data: bytes) -> bytes:
@@ -153,6 +213,8 @@ class UpqJob:
     ended_by: str | None = None
     #: Where it can be interrupted, if it runs in a thread.
     door: Door | None = None
+    #: What the class's annotations declare, each of them an attribute of the job: see `Loader`.
+    declared: ParamSpec | None = None
 
     def __init__(
         self,
@@ -194,11 +256,21 @@ class UpqJob:
         self._output_limit_bytes = output_limit_bytes
         self._output: Clipped | None = None
         self._notify_asked: list[bool] = []
+        #: Texts that its output must not hold: what secret parameters are.
+        self.hidden: Sequence[str] = ()
         self._thread_ident = threading.get_ident()
         self._progress_at_s = 0.0
         self.last_progress: dict[str, Any] | None = None
         #: Sees to it that the job ends once `cancel()` has asked for it.
         self.ender: Callable[[UpqJob], None] | None = None
+        if self.declared is not None:
+            self._set_params(self.declared)
+
+    def _set_params(self, declared: ParamSpec) -> None:
+        for param in declared.params:
+            value = self.jobdata.get(param.name)
+            is_path = param.type == "path" and isinstance(value, str)
+            setattr(self, param.name, Path(str(value)) if is_path else value)
 
     # What a job class overrides.
 
@@ -249,8 +321,12 @@ class UpqJob:
 
     def capture(self) -> Clipped:
         if self._output is None:
-            self._output = Clipped(self._output_limit_bytes)
+            self._output = Clipped(self._output_limit_bytes, self.hidden)
         return self._output
+
+    def written(self, start: int) -> Piece:
+        """What the job has written from byte `start` on; any thread may ask while it runs."""
+        return self._output.since(start) if self._output is not None else Piece("", 0, 0)
 
     def captured(self) -> Output | None:
         return self._output.kept() if self._output is not None else None
@@ -292,7 +368,8 @@ class UpqJob:
             ):
                 self.logger.warning("progress(%r, %r): no numbers, left out", done, total)
                 return
-        self.last_progress = {"done": done, "total": total, "text": str(text)}
+        text = scrub(str(text), self.hidden)
+        self.last_progress = {"done": done, "total": total, "text": text}
         now = time.monotonic()
         if now - self._progress_at_s >= PROGRESS_S:
             self._progress_at_s = now
@@ -349,6 +426,10 @@ class UpqJob:
 
     def __str__(self) -> str:
         return f"Job: {self.jobname} id:{self.jobid} thread: {self.thread}"
+
+
+#: What every job has; no parameter of a class can be called so.
+ATTRIBUTES = frozenset((*vars(UpqJob), *vars(UpqJob("", {}))))
 
 
 class SourceLoader(importlib.machinery.SourceFileLoader):
@@ -430,6 +511,10 @@ class Loader:
         found = getattr(module, name[:1].upper() + name[1:], None)
         if not (isinstance(found, type) and issubclass(found, UpqJob)):
             raise Broken(f"{file}: no class {name[:1].upper() + name[1:]}(UpqJob)")
+        try:
+            found.declared = ParamSpec.of(found, ATTRIBUTES)
+        except ValueError as error:
+            raise Broken(f"{file}:{line_of(found, str(error))}: {error}") from None
         return found
 
     def _install(self) -> None:
@@ -453,6 +538,17 @@ def blame(error: BaseException, file: Path) -> str:
     lines = [frame for frame in frames if Path(frame.filename).parent == file.parent]
     where = f"{lines[-1].filename}:{lines[-1].lineno}" if lines else str(file)
     return f"{where}: {type(error).__name__}: {error}"
+
+
+def line_of(cls: type, fault: str) -> int:
+    """The line of the annotation that a fault begins with, else that of the class."""
+    try:
+        lines, start = inspect.getsourcelines(cls)
+    except (OSError, TypeError):
+        return 1
+    name = fault.partition(":")[0]
+    found = [n for n, line in enumerate(lines, start) if line.strip().startswith(f"{name}:")]
+    return found[0] if found else start
 
 
 def follow_up(job: UpqJob) -> tuple[list[str], list[bool]]:

@@ -85,14 +85,26 @@ VERBS: Mapping[str, Verb] = {
     "version": Verb("", "the version of the daemon"),
     "status": Verb("", "how the daemon is, with counts and counters"),
     "queues": Verb("", "all queues with their counts"),
-    "jobs": Verb("[state:failed] [type:hash] [queue:hash] [limit:20]", "list jobs"),
-    "show": Verb("<id>", "all about a job, with its history"),
-    "output": Verb("<id>", "what a job's last attempt printed"),
-    "cancel": Verb("<id>", "end a job before its time"),
-    "retry": Verb("<id>", "queue a failed or cancelled job again"),
+    "jobs": Verb(
+        "[state:failed] [type:hash] [queue:hash] [limit:20] [before:17] [submitter:alice]",
+        "list jobs, the newest first; `before` goes on after a job of the list",
+    ),
+    "show": Verb("<id>", "all about a job, with its history and attempts"),
+    "output": Verb(
+        "<id> [from:0] [start:1]",
+        "what a job prints, or its last attempt has printed; from this byte on",
+    ),
+    "cancel": Verb(
+        "[id] [type:hash] [state:queued] [queue:hash] [since:1d] [limit:100]",
+        "end a job before its time, or all of a kind",
+    ),
+    "retry": Verb(
+        "[id] [type:hash] [state:failed] [queue:hash] [since:1d] [limit:100]",
+        "queue a failed or cancelled job again, or all of a kind",
+    ),
     "wait": Verb("<id> [timeout:30s]", "answer when the job has ended"),
     "check": Verb("<line...>", "would this line be accepted? Nothing is queued"),
-    "why": Verb("<id>", "what a job that is not running waits for"),
+    "why": Verb("<id>", "what a job that is not running waits for, in one sentence"),
     "nodes": Verb("", "the daemons that share the database"),
     "schedules": Verb("", "what is queued at which times, with the last and the next runs"),
     "pause": Verb("<queue>", "start no more jobs of a queue"),
@@ -232,7 +244,7 @@ def _json_submit(fields: Any, text: str = "") -> Request:
 def _load_all(text: str) -> Any:
     value, end = _load(text)
     if end < len(text):
-        raise BadParams(f"text after the JSON: {text[end : end + 40]}")
+        raise BadParams(f"text after the JSON: {wire.begun(text, end)}")
     return value
 
 
@@ -251,7 +263,7 @@ def _load(text: str, start: int = 0) -> tuple[Any, int]:
         _vet(value)
     blank = _BLANK.match(text, end)
     if blank is None:
-        raise BadParams(f"text after the JSON: {text[end : end + 40]}")
+        raise BadParams(f"text after the JSON: {wire.begun(text, end)}")
     return value, blank.end()
 
 
@@ -385,6 +397,8 @@ _ARGUMENTS = {
     for verb, known in VERBS.items()
 }
 _CONVERTERS: Mapping[str, Callable[[Any], Any]] = {
+    "before": _number,
+    "from": _number,
     "id": _number,
     "limit": _number,
     "line": _text,
@@ -394,11 +408,20 @@ _CONVERTERS: Mapping[str, Callable[[Any], Any]] = {
     "queue": _text,
     "result": _anything,
     "since": _number,
+    "start": _number,
     "state": _state,
+    "submitter": _text,
     "timeout": _duration,
     "token": _number,
     "ttl": _duration,
     "type": _text,
+}
+
+
+#: Where a verb means something else by a name.
+_OF_VERB: Mapping[str, Mapping[str, Callable[[Any], Any]]] = {
+    "cancel": {"since": _duration},
+    "retry": {"since": _duration},
 }
 
 
@@ -407,7 +430,11 @@ def _convert_arguments(verb: str, given: Mapping[str, Any]) -> dict[str, Any]:
     needed = {argument.name for argument in known if argument.is_needed}
     if not needed <= given.keys() <= {argument.name for argument in known}:
         raise _misused(verb)
-    return {name: _convert(name, _CONVERTERS[name], value) for name, value in given.items()}
+    own = _OF_VERB.get(verb, {})
+    return {
+        name: _convert(name, own.get(name) or _CONVERTERS[name], value)
+        for name, value in given.items()
+    }
 
 
 def _misused(verb: str) -> BadParams:

@@ -48,6 +48,7 @@ from upq.record import (
     read_waiting,
 )
 from upq.sql import Tx
+from upq.vault import Vault
 from upq.writer import Replay, Writer
 
 log = logging.getLogger(__name__)
@@ -150,6 +151,8 @@ class Queue:
         self.database = database
         self.writer = Writer(database, self.apply)
         self.node_name = node_name
+        #: Encrypts what is secret; without keys it leaves all as it is.
+        self.vault = Vault()
         self.machine = machine
         #: This incarnation: never reused, whatever pid or name.
         self.owner = uuid.uuid4().hex
@@ -248,7 +251,7 @@ class Queue:
             self.claims.wake()
         if batch.events:
             queued = {event.lane for event in batch.events if event.state == QUEUED}
-            claimed = [read_claimed(*claim) for claim in batch.claimed]
+            claimed = [read_claimed(*claim, self.vault) for claim in batch.claimed]
             self.claims.settle(queued, batch.booked, claimed)
             self._bus.publish(batch.events)
 
@@ -336,7 +339,7 @@ class Queue:
         root = id if new.root is None else new.root
         row = [
             id, lane_id, new.type, queue, lane_id if due is None else None, -new.priority, root,
-            QUEUED, "", encode(new.params), encode(new.options) if new.options else None,
+            QUEUED, "", self.vault.encode(new.params), encode(new.options) if new.options else None,
             new.run_at, due, digest(new.type, new.key) if new.key else None, 0, new.parent, root,
             new.child_key, new.submitter, now,
         ]  # fmt: skip
@@ -375,7 +378,7 @@ class Queue:
             self.writer.run([])
             return []
         claimed = value_of(self.writer.run([Claim(list(wants))])[0])
-        return [read_claimed(row, token, now) for row, token, now in claimed]
+        return [read_claimed(row, token, now, self.vault) for row, token, now in claimed]
 
     def finish(
         self,
@@ -392,14 +395,16 @@ class Queue:
         outcome.message, outcome.reason = clean(outcome.message), clean(outcome.reason)
         if outcome.output is not None:
             outcome.output = outcome.output._replace(text=clean(outcome.output.text))
-        kept = None
+        kept = result = None
+        if outcome.result is not None:
+            result = self.vault.encode(outcome.result, ended.params, ended.data)
         if outcome.data is not None and outcome.data != ended.data:
-            kept = encode(outcome.data)
+            kept = self.vault.encode(outcome.data, ended.params, ended.data)
         self.writer.post(
             Finish(
                 ended,
                 outcome,
-                None if outcome.result is None else encode(outcome.result),
+                result,
                 kept,
                 None if outcome.progress is None else progress_text(outcome.progress),
                 self._change(then) if then else None,
@@ -411,48 +416,75 @@ class Queue:
 
     def cancel(self, id: int, who: str, message: str = "") -> int:
         """Cancel a waiting job, or ask a running one to end: then its claim's token, else 0."""
+        return int(self._act(lambda batch: self._cancel(batch, [id], who, message, alone=True))[id])
 
-        def run(batch: Batch) -> int:
-            state, lane_id, attempt, _, token, options = one_row(batch, id)
+    def cancel_many(self, ids: Sequence[int], who: str) -> dict[int, int]:
+        """The same for at most CHUNK jobs; left out are those that have ended meanwhile."""
+        return dict(self._act(lambda batch: self._cancel(batch, ids, who)))
+
+    def _cancel(
+        self, batch: Batch, ids: Sequence[int], who: str, message: str = "", *, alone: bool = False
+    ) -> dict[int, int]:
+        refusal = "{state} already" if alone else ""
+        found = these_jobs(batch, ids, lambda state: state not in FINAL, refusal)
+        text = message or f"cancelled by {who}"
+        tokens = {}
+        waiting, running, freed = [], [], []
+        for id, state, lane_id, attempt, _, token, options in found:
+            tokens[id] = token if state == RUNNING else 0
             if state == RUNNING:
-                batch.tx.run(st.ASK_CANCEL, id=id)
-                return int(token)
-            if state in FINAL:
-                raise WrongState(f"job {id} is {state} already")
-            text = message or f"cancelled by {who}"
-            batch.tx.run(st.CANCEL_WAITING, id=id, now=batch.now, message=text)
+                running.append((id,))
+                continue
+            waiting.append((id,))
             batch.moved(id, lane_id, state, CANCELLED, message=text, attempt=attempt, who=who)
-            batch.hold_dependents([(id, CANCELLED)])
             if limits := kept_text(options):
-                batch.limiter.free([(id, limits)])
-            return 0
-
-        return int(self._act(run))
+                freed.append((id, limits))
+        if running:
+            batch.tx.run_rows(st.ASK_CANCEL, running)
+        if waiting:
+            batch.tx.run_rows(st.CANCEL_WAITING, waiting, now=batch.now, message=text)
+            batch.hold_dependents([(id, CANCELLED) for (id,) in waiting])
+            if freed:
+                batch.limiter.free(freed)
+        return tokens
 
     def retry(self, id: int, who: str) -> None:
         """Make a queued job of one that has ended badly. Raises KeyTaken, when it is not alone."""
+        self._act(lambda batch: self._retry(batch, [id], who, alone=True))
+        self.asked_again += 1
 
-        def run(batch: Batch) -> None:
-            state, lane_id, _, waits, _, options = one_row(batch, id)
-            if state not in FINAL or state == DONE:
-                raise WrongState(f"job {id} is {state}: only what has ended badly can be retried")
+    def retry_many(self, ids: Sequence[int], who: str) -> list[int]:
+        """The same for at most CHUNK jobs; left out are those that are queued again meanwhile."""
+        changed = list(self._act(lambda batch: self._retry(batch, ids, who)))
+        self.asked_again += len(changed)
+        return changed
+
+    def _retry(
+        self, batch: Batch, ids: Sequence[int], who: str, *, alone: bool = False
+    ) -> list[int]:
+        refusal = "{state}: only what has ended badly can be retried" if alone else ""
+        found = these_jobs(batch, ids, lambda s: s in FINAL and s != DONE, refusal)
+        changed = []
+        for id, state, lane_id, _, waits, _, options in found:
             limits = kept_text(options)
             if limits and (holder := batch.limiter.again(id, limits)) is not None:
-                raise KeyTaken(id, holder)
+                if alone:
+                    raise KeyTaken(id, holder)
+                continue
             new = BLOCKED if waits else QUEUED
             reason = "waits for earlier jobs" if waits else ""
             ready = None if waits else lane_id
             if "line" in limits and not waits:
                 reason, ready = turn_reason(limits), None
-            batch.tx.run(st.REOPEN, id=id, was=state, state=new, ready=ready, reason=reason)
+            changed.append((id, new, ready, reason))
             batch.moved(id, lane_id, state, new, reason="retry", who=who)
             if "line" in limits:
                 batch.limiter.came(id, limits["line"])
-            batch.tx.run_rows(st.AGAIN_BELOW, [(id,)])
-            batch.hold_dependents([(id, new)])
-
-        self._act(run)
-        self.asked_again += 1
+        if changed:
+            batch.tx.run_rows(st.REOPEN, changed)
+            batch.tx.run_rows(st.AGAIN_BELOW, [(row[0],) for row in changed])
+            batch.hold_dependents([(row[0], row[1]) for row in changed])
+        return [row[0] for row in changed]
 
     def set_reason(self, of: Job, reason: str) -> None:
         """Say what a running job waits for; soon, and kept."""
@@ -544,7 +576,7 @@ class Queue:
                 one
                 for (owner,) in batch.tx.fetch(st.OWNERS)
                 if self._is_dead(owner, nodes)
-                for one in running_of(batch, owner)
+                for one in running_of(batch, owner, self.vault)
             ]
 
         return list(self._act(run))
@@ -564,7 +596,8 @@ class Queue:
 
         def run(batch: Batch) -> list[int]:
             ours = self._held.union(batch.taken)
-            found = [one for one in running_of(batch, self.owner) if one.token not in ours]
+            mine = running_of(batch, self.owner, self.vault)
+            found = [one for one in mine if one.token not in ours]
             self._requeue(batch, found, crashed=False)
             return [one.lane for one in found]
 
@@ -768,11 +801,17 @@ def value_of(result: Any) -> Any:
     return result
 
 
-def one_row(batch: Batch, id: int) -> Any:
-    found = batch.tx.fetch(st.ONE_JOB, id=id)
-    if not found:
-        raise NotFound(f"no job {id}")
-    return found[0]
+def these_jobs(
+    batch: Batch, ids: Sequence[int], fits: Callable[[str], bool], refusal: str
+) -> list[Any]:
+    """Rows of THESE_JOBS, by id, whose state fits. With a refusal the one asked for has to."""
+    found = sorted(batch.tx.fetch_rows(st.THESE_JOBS, sorted((id,) for id in ids)))
+    if refusal:
+        if not found:
+            raise NotFound(f"no job {ids[0]}")
+        if not fits(found[0][1]):
+            raise WrongState(f"job {ids[0]} is {refusal.format(state=found[0][1])}")
+    return [row for row in found if fits(row[1])]
 
 
 def unneeded(batch: Batch, state: str, ids: list[tuple[int]]) -> list[Any]:
@@ -784,7 +823,7 @@ def unneeded(batch: Batch, state: str, ids: list[tuple[int]]) -> list[Any]:
     return [row for row in found if row[0] not in awaited and states.get(row[3], DONE) in FINAL]
 
 
-def running_of(batch: Batch, owner: str) -> list[Job]:
+def running_of(batch: Batch, owner: str, vault: Vault) -> list[Job]:
     """All that an incarnation runs, read a page at a time."""
     found: list[Job] = []
     page: list[Any] = [None]
@@ -792,7 +831,7 @@ def running_of(batch: Batch, owner: str) -> list[Job]:
         above = found[-1].id if found else 0
         page = batch.tx.fetch(st.RUNNING_OF, owner=owner, above=above)
         for row in page:
-            one = read_claimed(row[:-2], row[-2])
+            one = read_claimed(row[:-2], row[-2], vault=vault)
             attempt, starts = one.attempt - 1, one.starts - 1
             found.append(one._replace(reason=row[-1], attempt=attempt, starts=starts))
     return found

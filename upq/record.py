@@ -8,18 +8,34 @@ from collections.abc import Sequence
 from typing import Any
 
 from upq.job import QUEUED, RUNNING, Job
+from upq.vault import NoKey, Vault
 
 #: Characters of a progress text that are kept.
 PROGRESS_CHARS = 1000
+#: The reason of a job whose secrets were encrypted with a key that is missing.
+LOCKED = "no key for its secrets"
 
 
-def read_claimed(row: Sequence[Any], token: int, started_at: int | None = None) -> Job:
-    """A claimed job from a row of CLAIMED, as it is after the claim."""
+_NO_KEYS = Vault()
+
+
+def read_claimed(
+    row: Sequence[Any], token: int, started_at: int | None = None, vault: Vault = _NO_KEYS
+) -> Job:
+    """A claimed job from a row of CLAIMED, as it is after the claim.
+
+    One that cannot be decrypted has *** in its params, and in its options `locked` that says why.
+    """
     (id, lane_id, type, queue, params_text, data_text, options_text, rank, run_at, attempt, starts,
      crashes, parent, root, submitter, created_at, cancel_asked) = row  # fmt: skip
-    params = json.loads(params_text)
-    data = params if data_text is None else json.loads(data_text)
     options = json.loads(options_text) if options_text else {}
+    try:
+        params = vault.decode(params_text)
+        data = params if data_text is None else vault.decode(data_text)
+    except NoKey as error:
+        params = vault.decode(params_text, lenient=True)
+        data = params if data_text is None else vault.decode(data_text, lenient=True)
+        options["locked"] = str(error)
     return Job(id, lane_id, type, queue, RUNNING, "", params, data, options, rank, run_at,
                attempt + 1, starts + 1, crashes, token, bool(cancel_asked), parent, root,
                submitter, None, "", None, created_at, started_at, None)  # fmt: skip

@@ -22,13 +22,16 @@ from upq.keeper import GRACE_S, Keeper
 from upq.plugins import MESSAGE_LIMIT, Desk, UpqJob, blame, follow_up
 from upq.process import Processes
 from upq.queue import CRASH_LIMIT, Queue
-from upq.record import crashes_of
+from upq.record import LOCKED, crashes_of
+from upq.secret import scrub
 from upq.trees import Lifeline
 
 log = logging.getLogger(__name__)
 
 #: Before a job that could not reach the database is tried again.
 AWAY_WAIT_US = 5_000_000
+#: Before a job whose secrets cannot be decrypted is looked at again.
+LOCKED_WAIT_US = 60_000_000
 #: Seconds between two tries to store an end.
 AWAY_RETRY_S = 0.5
 
@@ -56,6 +59,10 @@ class Runner:
         """
         started_s = time.monotonic()
         with logs.job(job.type, job.id):
+            kind = self._types.by_name.get(job.type)
+            if kind is not None and kind.hides:
+                self._run_hiding(job, kind, begun, started_s)
+                return
             log.debug("starting")
             try:
                 outcome, then = self._guarded(job, begun)
@@ -68,6 +75,20 @@ class Runner:
     def give_back(self, job: Job, reason: str) -> None:
         """Put a claimed job back to the queue; its attempt does not count."""
         self._end(job, Outcome(QUEUED, reason=reason, counts=False), [], time.monotonic())
+
+    def _run_hiding(
+        self, job: Job, kind: JobType, begun: Callable[[UpqJob], None], started_s: float
+    ) -> None:
+        """The same where there are secrets: what is told of the attempt does not hold them."""
+        with logs.hiding(kind.hidden_in(job.params, job.data)):
+            log.debug("starting")
+            outcome, then = self._guarded(job, begun)
+            hidden = kind.hidden_in(job.params, job.data, outcome.data)
+            outcome.message = scrub(outcome.message, hidden)
+            if outcome.output is not None:
+                text = scrub(outcome.output.text, hidden)
+                outcome.output = outcome.output._replace(text=text)
+            self._end(job, outcome, then, started_s)
 
     # The executors
 
@@ -105,6 +126,9 @@ class Runner:
     def _attempt(
         self, job: Job, kind: JobType, begun: Callable[[UpqJob], None]
     ) -> tuple[UpqJob | None, Outcome]:
+        if locked := job.options.get("locked"):
+            run_at = when.now() + LOCKED_WAIT_US
+            return None, Outcome(QUEUED, locked, run_at=run_at, reason=LOCKED, counts=False)
         try:
             data = kind.at_run(own_copy(job.data))
             kind.turn_of(job.params)
@@ -118,6 +142,8 @@ class Runner:
         timeout_s = job.options.get("timeout_s") or kind.cfg.timeout_s
         if timeout_s:
             plugin.timeout_s = timeout_s
+        if kind.hides:
+            plugin.hidden = kind.hidden_in(job.params, job.data)
         if job.cancel_asked:
             plugin.cancel()
         begun(plugin)
@@ -275,9 +301,7 @@ class Runner:
                 log.info("given back: %s", outcome.reason or outcome.message)
                 return
             result = outcome.reason if outcome.state == QUEUED else outcome.state
-            hidden = notify.secret_texts((job.data, outcome.data or {}), self._types.secret)
-            message = notify.scrub(outcome.message, hidden)
-            log.info("finished: %s in %.3f s, %s", result, took_s, message)
+            log.info("finished: %s in %.3f s, %s", result, took_s, outcome.message)
 
 
 def own_copy(data: dict[str, Any]) -> dict[str, Any]:

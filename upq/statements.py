@@ -336,52 +336,85 @@ PROOF = Sql(
         event.c.n == big("n"), event.c.job == big("job"), event.c.at == big("at")
     )
 )
-ONE_JOB = Sql(
-    sa.select(job.c.state, job.c.lane, job.c.attempt, job.c.waits, job.c.token, job.c.options)
-    .where(job.c.id == big("id"))
-    .with_for_update()
-)
+
+
+def these_jobs(dialect: str) -> ClauseElement:
+    r = over_ids(dialect)
+    return (
+        sa.select(
+            job.c.id,
+            job.c.state,
+            job.c.lane,
+            job.c.attempt,
+            job.c.waits,
+            job.c.token,
+            job.c.options,
+        )
+        .where(job.c.id == r.c.id)
+        .with_for_update(of=job)
+    )
+
+
+def cancel_waiting(dialect: str) -> ClauseElement:
+    r = over_ids(dialect)
+    return (
+        sa.update(job)
+        .values(
+            {
+                job.c.state: CANCELLED,
+                job.c.reason: "",
+                job.c.ready: sa.null(),
+                job.c.due_at: sa.null(),
+                job.c.expires_at: sa.null(),
+                job.c.ended_at: big("now"),
+                job.c.message: word("message"),
+            }
+        )
+        .where(job.c.id == r.c.id)
+    )
+
+
+def ask_cancel(dialect: str) -> ClauseElement:
+    r = over_ids(dialect)
+    return sa.update(job).values({job.c.cancel_asked: 1}).where(job.c.id == r.c.id)
+
+
+def reopen(dialect: str) -> ClauseElement:
+    r = rows(dialect, id=int, state=str, ready=int, reason=str)
+    return (
+        sa.update(job)
+        .values(
+            {
+                job.c.state: r.c.state,
+                job.c.reason: r.c.reason,
+                job.c.ready: r.c.ready,
+                job.c.due_at: sa.null(),
+                job.c.run_at: sa.null(),
+                job.c.ended_at: sa.null(),
+                job.c.result: sa.null(),
+                job.c.progress: sa.null(),
+                job.c.cancel_asked: 0,
+                job.c.attempt: 0,
+                job.c.crashes: 0,
+            }
+        )
+        .where(job.c.id == r.c.id)
+    )
+
+
+#: Jobs to be cancelled or retried, locked until that is done.
+THESE_JOBS = Sql(these_jobs)
+CANCEL_WAITING = Sql(cancel_waiting)
+ASK_CANCEL = Sql(ask_cancel)
+REOPEN = Sql(reopen)
 #: The state that a claim's own end has left.
 OWN_END = Sql(sa.select(job.c.state).where(job.c.id == big("id"), job.c.token == -big("token")))
-CANCEL_WAITING = Sql(
-    sa.update(job)
-    .values(
-        state=CANCELLED,
-        reason="",
-        ready=sa.null(),
-        due_at=sa.null(),
-        expires_at=sa.null(),
-        ended_at=big("now"),
-        message=word("message"),
-    )
-    .where(job.c.id == big("id"), job.c.state.in_([QUEUED, BLOCKED]))
-)
 COUNT_CRASH = Sql(sa.update(job).values(crashes=job.c.crashes + 1).where(job.c.id == big("id")))
-ASK_CANCEL = Sql(
-    sa.update(job).values(cancel_asked=1).where(job.c.id == big("id"), job.c.state == RUNNING)
-)
 #: What this daemon runs that somebody wants to end.
 ASKED_TO_END = Sql(
     sa.select(job.c.type, job.c.token).where(
         job.c.state == RUNNING, job.c.owner == word("owner"), job.c.cancel_asked == 1
     )
-)
-REOPEN = Sql(
-    sa.update(job)
-    .values(
-        state=word("state"),
-        reason=word("reason"),
-        ready=big("ready"),
-        due_at=sa.null(),
-        run_at=sa.null(),
-        ended_at=sa.null(),
-        result=sa.null(),
-        progress=sa.null(),
-        cancel_asked=0,
-        attempt=0,
-        crashes=0,
-    )
-    .where(job.c.id == big("id"), job.c.state == word("was"))
 )
 
 

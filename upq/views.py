@@ -5,8 +5,8 @@ Times leave as ISO 8601 text in UTC. Any thread may ask; all raise Unavailable.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
@@ -14,10 +14,12 @@ import sqlalchemy as sa
 from upq import schema, when
 from upq.db import Database
 from upq.errors import NotFound
-from upq.job import BLOCKED, FINAL, QUEUED
+from upq.job import BLOCKED, FAILED, FINAL, QUEUED, RUNNING, STATES
 from upq.limits import kept_text
-from upq.notify import mask, scrub, secret_texts
-from upq.statements import AGAIN, LINE
+from upq.record import LOCKED
+from upq.secret import mask, scrub, secret_texts
+from upq.statements import AGAIN, CHUNK, LINE
+from upq.vault import NoKey, Vault
 
 job, event, output, tally, edge, node = (
     schema.job, schema.event, schema.output, schema.tally, schema.edge, schema.node,
@@ -26,6 +28,9 @@ slot = schema.slot
 
 #: Rows of one list at the most, and how far the place of a waiting job is counted.
 LIST_LIMIT, AHEAD_LIMIT = 1000, 1000
+#: Rows that are looked at together where no index has what is asked for, and seconds that all the
+#: looking may take before the rest is left to another page.
+LOOK_ROWS, LOOK_S = 5000, 1.0
 #: Characters of a message and of a result that a list shows; `show` has all.
 LIST_CHARS = 2000
 TIMES = ("run_at", "expires_at", "created_at", "started_at", "ended_at")
@@ -42,6 +47,9 @@ LISTED = (
     sa.func.substr(job.c.message, 1, LIST_CHARS).label("message"),
 )
 
+#: What is read of a job to see whether it is meant, where no index says so.
+FOUND = (job.c.id, job.c.lane, job.c.type, job.c.state, job.c.submitter, job.c.ended_at)
+
 
 class End(NamedTuple):
     """How a job has ended."""
@@ -49,6 +57,34 @@ class End(NamedTuple):
     state: str
     result: Any
     message: str
+    #: Why the result cannot be read; "" when it can.
+    locked: str = ""
+
+
+class Filter(NamedTuple):
+    """Which jobs are meant; None leaves it open."""
+
+    state: str | None = None
+    type: str | None = None
+    #: Lanes of one queue.
+    lanes: frozenset[int] | None = None
+    submitter: str | None = None
+
+
+class Page(NamedTuple):
+    """A part of a list of jobs."""
+
+    jobs: list[dict[str, Any]]
+    #: The id after which the next part begins; None at the end of the list.
+    next: int | None
+
+
+class Found(NamedTuple):
+    """A job that many are changed with."""
+
+    id: int
+    type: str
+    submitter: str
 
 
 class Turn(NamedTuple):
@@ -71,7 +107,9 @@ class Views:
         database: Database,
         blocked: Callable[[int], str],
         secret: Callable[[], frozenset[str]],
+        vault: Vault | None = None,
     ) -> None:
+        self._vault = vault or Vault()
         self._database = database
         self._blocked = blocked
         self._secret = secret
@@ -89,35 +127,155 @@ class Views:
         state: str | None = None,
         type: str | None = None,
         limit: int = 20,
-        only: Collection[int] | None = None,
+        **more: Any,
     ) -> list[dict[str, Any]]:
-        """The newest first. `lanes` are all there are: blocked is said of lanes, not of rows.
+        """The jobs of `page`."""
+        return self.page(lanes, Filter(state, type, **more), limit).jobs
 
-        only: jobs of these lanes.
+    def page(
+        self, lanes: Collection[int], wanted: Filter, limit: int = 20, before: int | None = None
+    ) -> Page:
+        """The newest first, from the one after job `before` on; ended jobs by their end.
+
+        `lanes` are all there are: blocked is said of lanes, not of rows. The list may end early,
+        with `next` to go on from, where much had to be looked through. Raises NotFound.
         """
-        held = [lane for lane in lanes if self._blocked(lane)]
-        queries = [sa.select(*LISTED)]
-        if state == BLOCKED:
-            waiting = sa.select(*LISTED).where(job.c.state == QUEUED, job.c.lane.in_(held))
-            # With no lane held the second would read all that is queued, and find nothing.
-            queries = [queries[0].where(job.c.state == BLOCKED), *([waiting] if held else [])]
-        elif state is not None:
-            queries[0] = queries[0].where(job.c.state == state)
-            if state == QUEUED and held:
-                queries[0] = queries[0].where(job.c.lane.not_in(held))
-        # Jobs that have not ended have no ended_at: the index on states gives them by id.
-        order = (job.c.id.desc(),) if state is None else (job.c.ended_at.desc(), job.c.id.desc())
         limit = min(limit, LIST_LIMIT)
-        rows = []
-        for query in queries:
-            if type is not None:
-                query = query.where(job.c.type == type)
-            if only is not None:
-                query = query.where(job.c.lane.in_(only))
-            rows += self._rows(query.order_by(*order).limit(limit))
-        if len(queries) > 1:
-            rows.sort(key=lambda row: -row.id)
-        return [self._shown(row) for row in rows[:limit]]
+        held = frozenset(lane for lane in lanes if self._blocked(lane))
+        parts = [wanted]
+        if wanted.state == BLOCKED and held:
+            mine = held if wanted.lanes is None else held & wanted.lanes
+            parts.append(wanted._replace(state=QUEUED, lanes=mine))
+        elif wanted.state == QUEUED and held:
+            free = frozenset(lanes) - held
+            mine = free if wanted.lanes is None else free & wanted.lanes
+            parts = [wanted._replace(lanes=mine)]
+        over_s = time.monotonic() + LOOK_S
+        rows: list[Any] = []
+        left: list[int] = []
+        for part in parts:
+            found, next_ = self._look(part, limit, before, over_s)
+            rows += found
+            left += [next_] if next_ is not None else []
+        if len(parts) > 1:
+            # What the one part has not come to yet is not skipped by the other.
+            rows = sorted((r for r in rows if not left or r.id >= max(left)), key=lambda r: -r.id)
+        cut, rows = len(rows) > limit, rows[:limit]
+        end = rows[-1].id if cut and rows else max(left, default=None)
+        return Page([self._shown(row) for row in self._whole(rows)], end)
+
+    def _whole(self, rows: list[Any]) -> list[Any]:
+        """The rows with all that a list shows; those of FOUND are read again."""
+        short = [row.id for row in rows if len(row) == len(FOUND)]
+        if not short:
+            return rows
+        query = sa.select(*LISTED).where(job.c.id.in_(short))
+        known = {row.id: row for row in self._rows(query)}
+        whole = [row if len(row) > len(FOUND) else known.get(row.id) for row in rows]
+        return [row for row in whole if row is not None]
+
+    def _look(
+        self, wanted: Filter, limit: int, before: int | None, over_s: float
+    ) -> tuple[list[Any], int | None]:
+        """The first rows of a list, and after which id to go on, if that is not all."""
+        ended = wanted.state in FINAL
+        key: tuple[int | None, int] | None = None
+        if before is not None:
+            key = (self._ended_at(before) if ended else None, before)
+        all_ = self._how_many(wanted) if before is None else None
+        if all_ == 0 or limit == 0:
+            return [], None
+        is_exact = wanted.lanes is None and wanted.submitter is None
+        is_exact = is_exact and (wanted.state is None or wanted.type is None)
+        found: list[Any] = []
+        # One more than is asked for shows that the list goes on.
+        n = limit + 1 if is_exact else min(10 * limit, LOOK_ROWS)
+        while True:
+            rows = self._window(LISTED if is_exact else FOUND, wanted, key, n)
+            found += [row for row in rows if _fits(wanted, row)]
+            if len(found) > limit:
+                return found[:limit], found[limit - 1].id
+            if len(rows) < n or len(found) == all_:
+                return found, None
+            key = (rows[-1].ended_at if ended else None, rows[-1].id)
+            if time.monotonic() > over_s:
+                return found, rows[-1].id
+            n = min(4 * n, LOOK_ROWS)
+
+    def _window(
+        self,
+        columns: Sequence[sa.ColumnElement[Any]],
+        wanted: Filter,
+        key: tuple[int | None, int] | None,
+        n: int,
+    ) -> list[Any]:
+        """The next n rows in the order of the list, by the index that has most of what is asked."""
+        query = sa.select(*columns)
+        if wanted.state in FINAL:
+            query = query.where(job.c.state == wanted.state)
+            query = query.order_by(job.c.ended_at.desc(), job.c.id.desc())
+            if key is None:
+                return self._rows(query.limit(n))
+            # Those that ended at the same moment, then all before: an OR would read past the key.
+            at, id = key
+            rows = self._rows(query.where(job.c.ended_at == at, job.c.id < id).limit(n))
+            if len(rows) < n:
+                rows += self._rows(query.where(job.c.ended_at < at).limit(n - len(rows)))
+            return rows
+        if wanted.state is not None:
+            # Jobs that have not ended have no ended_at: the index on states gives them by id.
+            query = query.where(job.c.state == wanted.state, job.c.ended_at.is_(None))
+        elif wanted.type is not None:
+            query = query.where(job.c.type == wanted.type)
+        if key is not None:
+            query = query.where(job.c.id < key[1])
+        return self._rows(query.order_by(job.c.id.desc()).limit(n))
+
+    def _ended_at(self, id: int) -> int:
+        found = self._rows(sa.select(job.c.ended_at).where(job.c.id == id))
+        if not found or found[0][0] is None:
+            raise NotFound(f"before: job {id} is not in this list")
+        return int(found[0][0])
+
+    def _how_many(self, wanted: Filter) -> int | None:
+        """How many jobs there are of the kind, if the counts know it."""
+        if wanted.submitter is not None or wanted.lanes is None:
+            return None
+        states = STATES if wanted.state is None else (wanted.state,)
+        counts = self.counts()
+        return sum(counts.get(lane, {}).get(s, 0) for lane in wanted.lanes for s in states)
+
+    def chunks(
+        self, wanted: Filter, since_at: int | None, until_at: int
+    ) -> Iterator[Sequence[Found]]:
+        """Jobs in one state to be changed, the oldest first, at most CHUNK at a time.
+
+        since_at, until_at: for a final state when they ended, else when they were submitted.
+        """
+        if wanted.lanes is not None and not wanted.lanes:
+            return
+        columns = sa.select(*FOUND, job.c.created_at).where(job.c.state == wanted.state)
+        by_end = wanted.state in FINAL
+        at, id = since_at or 0, 0
+        rows: list[Any] = []
+        while not rows or len(rows) == LOOK_ROWS:
+            if by_end:
+                query = columns.where(job.c.ended_at.between(at, until_at))
+                query = query.where(sa.or_(job.c.ended_at > at, job.c.id > id))
+                query = query.order_by(job.c.ended_at, job.c.id)
+            else:
+                query = columns.where(job.c.ended_at.is_(None), job.c.id > id).order_by(job.c.id)
+            rows = self._rows(query.limit(LOOK_ROWS))
+            if not rows:
+                return
+            found = [
+                Found(row.id, row.type, row.submitter)
+                for row in rows
+                if _fits(wanted, row) and (by_end or (since_at or 0) <= row.created_at <= until_at)
+            ]
+            for start in range(0, len(found), CHUNK):
+                yield found[start : start + CHUNK]
+            at, id = (rows[-1].ended_at if by_end else at), rows[-1].id
 
     def next_jobs(self, lane: int, limit: int) -> list[dict[str, Any]]:
         """The jobs of a lane that can be claimed, in the order of the claims."""
@@ -173,17 +331,66 @@ class Views:
             for row in self._mappings(query)
         ]
 
+    def attempts(self, id: int) -> list[dict[str, Any]]:
+        """Every start, the oldest first: where and when, and how it ended if it has."""
+        sizes = {
+            row[0]: (row[1], bool(row[2]))
+            for row in self._rows(
+                sa.select(output.c.attempt, output.c.size_bytes, output.c.truncated).where(
+                    output.c.job == id
+                )
+            )
+        }
+        found: list[dict[str, Any]] = []
+        for one in self.history(id):
+            if one["state"] == RUNNING:
+                size, cut = sizes.get(len(found) + 1, (0, False))
+                found.append(
+                    {
+                        "start": len(found) + 1,
+                        "attempt": one["attempt"],
+                        "node": one["node"],
+                        "started_at": one["at"],
+                        "ended_at": None,
+                        "took_s": None,
+                        "state": RUNNING,
+                        "reason": "",
+                        "message": "",
+                        "output_bytes": size,
+                        "output_truncated": cut,
+                    }
+                )
+            elif found and found[-1]["ended_at"] is None:
+                last = found[-1]
+                took = when.instant(one["at"]) - when.instant(last["started_at"])
+                last |= {"ended_at": one["at"], "took_s": took / 1e6, "reason": one["reason"]}
+                last |= {"state": attempt_state(one), "message": one["message"]}
+        return found
+
+    def own_reason(self, id: int) -> str:
+        """The reason on the row, whatever its lane has to say."""
+        rows = self._rows(sa.select(job.c.reason).where(job.c.id == id))
+        return scrub(rows[0][0], self._hidden(id)) if rows else ""
+
+    def since(self, id: int) -> str | None:
+        """When the job came into the state that it is in."""
+        query = sa.select(event.c.at).where(event.c.job == id).order_by(event.c.n.desc())
+        found = self._rows(query.limit(1))
+        return when.iso(found[0][0]) if found else None
+
     def children(self, id: int) -> list[dict[str, Any]]:
         query = sa.select(*LISTED).where(job.c.parent == id).order_by(job.c.id).limit(LIST_LIMIT)
         return [self._shown(row) for row in self._rows(query)]
 
-    def output(self, id: int) -> dict[str, Any]:
-        """What the latest attempt that wrote anything has written. Raises NotFound."""
+    def output(self, id: int, start: int | None = None) -> dict[str, Any]:
+        """What a start has written, by default the latest that wrote anything. Raises NotFound."""
         query = sa.select(output).where(output.c.job == id).order_by(output.c.attempt.desc())
+        if start is not None:
+            query = query.where(output.c.attempt == start)
         found = self._mappings(query.limit(1))
         if not found:
             self.job(id)
-            raise NotFound(f"job {id} has no output")
+            raise NotFound(f"job {id} has no output" + (f" of start {start}" if start else ""))
         row = found[0]
         return {
             "id": id,
@@ -199,7 +406,8 @@ class Views:
         if not secret:
             return []
         rows = self._rows(sa.select(job.c.params, job.c.data).where(job.c.id == id))
-        return secret_texts([json.loads(text) for row in rows for text in row if text], secret)
+        datas = [self._vault.decode(t, lenient=True) for row in rows for t in row if t]
+        return secret_texts(datas, secret)
 
     def end(self, id: int) -> End | None:
         """How a job has ended; None while it has not. Raises NotFound."""
@@ -210,7 +418,13 @@ class Views:
         state, result, message = found[0]
         if state not in FINAL:
             return None
-        return End(state, json.loads(result) if result is not None else None, message or "")
+        locked, value = "", None
+        if result is not None:
+            try:
+                value = self._vault.decode(result)
+            except NoKey as error:
+                locked = str(error)
+        return End(state, value, message or "", locked)
 
     def child(self, key: str) -> tuple[int, bool] | None:
         """The id of the job with a child key, and whether it is to run again when asked for."""
@@ -310,19 +524,25 @@ class Views:
         fields = dict(row._mapping)
         lane = fields.pop("lane")
         secret = self._secret()
-        params = json.loads(fields["params"])
+        params = self._vault.decode(fields["params"], lenient=True)
         text = fields.pop("data")
-        data = json.loads(text) if text else params
-        fields["params"], fields["jobdata"] = mask(params, secret), mask(data, secret)
+        data = self._vault.decode(text, lenient=True) if text else params
+        hidden = secret_texts((params, data), secret)
+        fields["params"] = mask(params, secret, hidden)
+        fields["jobdata"] = mask(data, secret, hidden)
         for name in ("result", "progress"):
-            fields[name] = json.loads(fields[name]) if fields[name] is not None else None
-        fields["result"] = mask(fields["result"], secret)
-        fields["message"] = scrub(fields["message"] or "", secret_texts((params, data), secret))
+            text = fields[name]
+            value = self._vault.decode(text, lenient=True) if text is not None else None
+            fields[name] = mask(value, secret, hidden)
+        fields["message"] = scrub(fields["message"] or "", hidden)
+        fields["reason"] = scrub(fields["reason"], hidden)
         fields["priority"] = -fields.pop("rank")
         fields["cancel_asked"] = bool(fields["cancel_asked"])
         for name in TIMES:
             fields[name] = when.iso(fields[name]) if fields[name] is not None else None
         held = self._blocked(lane) if fields["state"] == QUEUED else ""
+        if fields["reason"] == LOCKED and fields["state"] == QUEUED:
+            held = f"{LOCKED}: {fields['message']}"
         if held:
             fields["state"], fields["reason"] = BLOCKED, held
         return fields
@@ -334,3 +554,18 @@ class Views:
     def _mappings(self, query: sa.Select[Any]) -> list[Any]:
         with self._database.read() as connection:
             return list(connection.execute(query).mappings())
+
+
+def _fits(wanted: Filter, row: Any) -> bool:
+    return (
+        (wanted.type is None or row.type == wanted.type)
+        and (wanted.lanes is None or row.lane in wanted.lanes)
+        and (wanted.submitter is None or row.submitter == wanted.submitter)
+    )
+
+
+def attempt_state(end: dict[str, Any]) -> str:
+    """How an attempt ended, from the change of state that ended it."""
+    if end["state"] != QUEUED:
+        return str(end["state"])
+    return FAILED if end["reason"].startswith("retry ") else "interrupted"

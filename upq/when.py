@@ -75,11 +75,11 @@ def backoff(attempt: int, delay_s: float, factor: float, cap_s: float, random: f
     """Seconds to wait after failed attempt number `attempt` (the first is 1).
 
     The delay grows by `factor` with each attempt up to `cap_s` (never below `delay_s`), times
-    0.5 to 1.5 as `random` goes from 0 to 1, so that jobs that failed together come back apart.
+    0.4 to 1.6 as `random` goes from 0 to 1, so that jobs that failed together come back apart.
     """
     # Beyond a hundred steps every cap is long reached, and a float would overflow.
     grown = delay_s * factor ** min(attempt - 1, 100)
-    return min(max(cap_s, delay_s), grown) * (0.5 + random)
+    return min(max(cap_s, delay_s), grown) * (0.4 + 1.2 * random)
 
 
 def size(text: str) -> int:

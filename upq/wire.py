@@ -49,10 +49,25 @@ def next_word(text: str, start: int) -> tuple[str, int]:
     """The word at `start` without its quotes, and where the next one starts."""
     match = _WORD.match(text, start)
     if match is None:
-        raise BadParams(f"a quote is not closed, or text follows it: {text[start : start + 40]}")
+        raise BadParams(f"a quote is not closed, or text follows it: {begun(text, start)}")
     key, double, single, bare = match.groups("")
     double = _ESCAPE.sub(lambda escape: _ESCAPES[escape[1]], double)
     return key + double + single + bare, match.end()
+
+
+def read_words(line: str) -> list[str]:
+    """The words of a line, as `next_word` reads them. Raises BadParams."""
+    words, position = [], 0
+    while position < len(line):
+        word, position = next_word(line, position)
+        words.append(word)
+    return words
+
+
+def begun(text: str, start: int) -> str:
+    """How a word at fault begins, for an error message: without its value, which may be secret."""
+    key, colon, _ = text[start : start + 40].partition(":")
+    return f"{key}:..." if colon else key.split(" ")[0]
 
 
 def join(words: Iterable[str]) -> str:
