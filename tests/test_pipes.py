@@ -58,6 +58,11 @@ def test_what_is_none_is_left_alone(line: bytes) -> None:
     assert reports(line[:2000], line[2000:], b"\nprogress: 5%\n") == [(5.0, 100.0, "")]
 
 
+def test_the_rest_of_a_line_that_is_too_long_is_no_line() -> None:
+    assert reports(b"x" * 5000, b"progress: 1%\n") == []
+    assert reports(b"x" * 5000, b"progress: 1%", b"\nprogress: 2%\n") == [(2.0, 100.0, "")]
+
+
 def test_of_what_came_together_the_newest_counts() -> None:
     assert reports(b"progress: 1%\nprogress: 2%\nprogress: x\nend\n") == [(2.0, 100.0, "")]
 
