@@ -13,9 +13,9 @@ ROOT = Path(__file__).parent.parent
 #: A file of upq/ imports only from floors below its own.
 FLOORS = (
     "errors job when events clock log systemd",
-    "access params wire",
+    "access params webhook wire",
     "protocol plugins notify schema client",
-    "command migrations",
+    "command health migrations",
     "db cli",
     "sql",
     "writer statements",

@@ -47,6 +47,8 @@ log = logging.getLogger("upq")
 
 #: Seconds between two looks for jobs older than the retention.
 PURGE_S = 10.0
+#: Seconds between two looks for digests and alerts that are due.
+HEALTH_S = 5.0
 #: Exit status for a damaged database file: to start again would not help (EX_DATAERR).
 DAMAGED = 65
 #: Failures of one of the daemon's own threads after which it gives up.
@@ -97,6 +99,7 @@ class Daemon:
         self._open_doors()
         self._clock.every(BEAT_S, "beat", self._queue.beat)
         self._clock.every(PURGE_S, "retention", self._purge)
+        self._clock.every(HEALTH_S, "health", self._tend_health)
         interval_s = systemd.watchdog_interval_s()
         if interval_s is not None:
             self._clock.every(interval_s, "watchdog", self._ping_watchdog)
@@ -193,7 +196,7 @@ class Daemon:
         if orphans:
             end_orphans({one.token for one in orphans})
             log.info("Starting %d unfinished jobs found in DB.", len(orphans))
-            self._queue.rescue(orphans, self._runner.crashed)
+            self._queue.rescue(orphans, self._runner.crashed, self._runner.wish_of_crashed)
         self._queue.forget_nodes(dead)
         self._claimer.heat()
         if dead and self._database.kind == "sqlite":
@@ -255,6 +258,9 @@ class Daemon:
             while self._queue.purge(state, before) == CHUNK and time.monotonic() < over_s:
                 if self._stopped.wait(0.02):
                     return
+
+    def _tend_health(self) -> None:
+        self._queue.tend_health(self._types.rules())
 
     def _ping_watchdog(self) -> None:
         """Tell systemd that we live, if the claimer has come round since we woke it last."""

@@ -14,9 +14,10 @@ from typing import Any
 from upq import when
 from upq.access import Principals
 from upq.command import Lifeline, command_type
-from upq.config import JobSettings, Mail, Settings
+from upq.config import JobSettings, Mail, Settings, Webhook
 from upq.errors import BadParams, Broken, Disabled, Refused, RequestError, UnknownCommand
-from upq.notify import NOTIFY
+from upq.health import Rules
+from upq.notify import NOTIFY, TARGET_URL
 from upq.params import suggest
 from upq.plugins import Desk, Loader, UpqJob, blame
 from upq.queue import Lane
@@ -37,6 +38,8 @@ class JobType:
     jobcfg: Mapping[str, str] = field(default_factory=dict)
     #: Who may submit it; None leaves it to [access].
     submitters: Principals | None = None
+    #: For a type that is not told of by each failure.
+    rules: Rules | None = None
 
     @property
     def queue(self) -> str:
@@ -111,7 +114,7 @@ class JobTypes:
         self._lifeline = lifeline
         #: Names of params that are never shown, whatever the type: a chain hands them on. Names of
         #: types that a reload has removed stay among them.
-        self.secret: frozenset[str] = frozenset()
+        self.secret: frozenset[str] = frozenset((TARGET_URL,))
         #: Replaced as a whole, never changed.
         self.by_name: dict[str, JobType] = {}
         self.configure(settings)
@@ -120,6 +123,7 @@ class JobTypes:
         """Load every type anew; running jobs keep the classes they have."""
         self._loader = Loader(Path(settings.paths.jobs_dir))
         self._mail = settings.mail
+        self._webhook = settings.webhook
         self._paths = settings.paths.others
         sections = dict(settings.jobs)
         if NOTIFY not in sections and self._loader.has(NOTIFY):
@@ -156,13 +160,19 @@ class JobTypes:
         name = cfg.name
         jobcfg = {**self._paths, **cfg.variables}
         if name == NOTIFY:
-            jobcfg |= mail_variables(self._mail)
+            jobcfg |= mail_variables(self._mail) | webhook_variables(self._webhook)
             if "retries" not in cfg.variables:
                 # For about four days.
                 cfg = replace(cfg, retries=100, retry_delay_s=15.0, retry_max_s=3600.0)
         cls, fault = self._class_or_fault(cfg)
         submitters = None if cfg.submit is None else Principals(cfg.submit)
-        return JobType(name, cfg, cls, fault, MappingProxyType(jobcfg), submitters)
+        return JobType(name, cfg, cls, fault, MappingProxyType(jobcfg), submitters, rules_of(cfg))
+
+    def rules(self) -> list[Rules]:
+        """Of all types that have any, and somebody to deliver what they ask for."""
+        if self.by_name.get(NOTIFY) is None:
+            return []
+        return [kind.rules for kind in self.by_name.values() if kind.rules is not None]
 
     def _class_or_fault(self, cfg: JobSettings) -> tuple[type[UpqJob] | None, RequestError | None]:
         if not cfg.enabled:
@@ -186,6 +196,25 @@ class JobTypes:
             timeout_s=cfg.timeout_s,
             lifeline=self._lifeline,
         )
+
+
+def rules_of(cfg: JobSettings) -> Rules | None:
+    every, age, silence = (
+        round(seconds * 1e6)
+        for seconds in (cfg.notify_every_s, cfg.alert_queue_age_s, cfg.alert_no_success_s)
+    )
+    if cfg.notify_after == 1 and not (every or age or silence):
+        return None
+    return Rules(cfg.name, cfg.notify_fail, cfg.notify_after, every, age, silence)
+
+
+def webhook_variables(webhook: Webhook) -> dict[str, str]:
+    """[webhook] as `jobs/notify.py` reads it."""
+    return {
+        "webhook_secret": webhook.secret,
+        "webhook_allow": " ".join(map(str, webhook.allow)),
+        "webhook_timeout_s": str(webhook.timeout_s),
+    }
 
 
 def mail_variables(mail: Mail) -> dict[str, str]:

@@ -20,6 +20,7 @@ from upq.batch import LEASE_S, Act, Batch, Claim, Finish, Submit
 from upq.db import Database
 from upq.errors import NotFound, RequestError, Unavailable, WrongState
 from upq.events import Bus
+from upq.health import Rules, Wish
 from upq.job import (
     BLOCKED,
     CANCELLED,
@@ -34,6 +35,7 @@ from upq.job import (
     NewJob,
     Outcome,
 )
+from upq.notify import NOTIFY
 from upq.record import (
     clean,
     crashes_of,
@@ -230,12 +232,19 @@ class Queue:
         self._know([made])
         return made
 
+    def take_ids(self, k: int) -> int | None:
+        """The first of k job ids in a row that are reserved already; None when there are none."""
+        with self._ids_lock:
+            if self._next_id + k > self._end_id:
+                return None
+            self._next_id += k
+            return self._next_id - k
+
     def reserve_ids(self, k: int) -> int:
         """The first of k job ids in a row."""
-        with self._ids_lock:
-            if self._next_id + k <= self._end_id:
-                self._next_id += k
-                return self._next_id - k
+        first = self.take_ids(k)
+        if first is not None:
+            return first
         size = max(k, ID_BLOCK)
         block = int(self._act(lambda batch: batch.numbers("job", size)))
         with self._ids_lock:
@@ -256,10 +265,11 @@ class Queue:
     def _change(self, jobs: Sequence[NewJob]) -> Submit:
         now = when.now()
         first = self.reserve_ids(len(jobs))
-        made = [self._row(one, first + i, now) for i, one in enumerate(jobs)]
+        made = [self.row(one, first + i, now) for i, one in enumerate(jobs)]
         return Submit(made, [one.after for one in jobs], jobs[0].submitter if jobs else "")
 
-    def _row(self, new: NewJob, id: int, now: int) -> list[Any]:
+    def row(self, new: NewJob, id: int, now: int) -> list[Any]:
+        """A job as it is inserted."""
         queue = new.queue or new.type
         lane_id = self.lane(queue, new.type).id
         due = new.run_at if new.run_at is not None and new.run_at > now else None
@@ -290,11 +300,13 @@ class Queue:
         outcome: Outcome,
         then: Sequence[NewJob] = (),
         told: Callable[[bool], None] | None = None,
+        wish: Wish | None = None,
     ) -> None:
         """End one attempt, with what follows it, in one transaction; kept through any outage.
 
         Returns at once. `told` hears after the commit whether the claim was still ours; what a
-        lost claim has done is not written. Raises ValueError when the result is no JSON.
+        lost claim has done is not written. `wish` is for a type that is told of by its health.
+        Raises ValueError when the result is no JSON.
         """
         outcome.message, outcome.reason = clean(outcome.message), clean(outcome.reason)
         if outcome.output is not None:
@@ -311,6 +323,7 @@ class Queue:
                 None if outcome.progress is None else progress_text(outcome.progress),
                 self._change(then) if then else None,
                 told,
+                wish,
             )
         )
 
@@ -447,27 +460,36 @@ class Queue:
         self.released += len(lanes)
         return lanes
 
-    def rescue(self, dead: Sequence[Job], then: Callable[[Job], Sequence[NewJob]]) -> int:
+    def rescue(
+        self,
+        dead: Sequence[Job],
+        then: Callable[[Job], Sequence[NewJob]],
+        wish: Callable[[Job], Wish | None] = lambda job: None,
+    ) -> int:
         """Put running jobs of dead owners back to the queue. Returns how many.
 
-        One that has killed its daemon CRASH_LIMIT times is failed, with what `then` says for it;
-        a parent that only waited is not blamed.
+        One that has killed its daemon CRASH_LIMIT times is failed, with what `then` and `wish` say
+        for it; a parent that only waited is not blamed.
         """
         count = 0
         for start in range(0, len(dead), st.CHUNK):
             part = sorted(dead[start : start + st.CHUNK])
             over = [one for one in part if crashes_of(one) >= CRASH_LIMIT]
             follow = [self._change(list(jobs)) for one in over if (jobs := then(one))]
-            count += self._act(self._rescue_of(part, follow))
+            wishes = [found for one in over if (found := wish(one)) is not None]
+            count += self._act(self._rescue_of(part, follow, wishes))
             self.crashed += len(over)
         self.rescued += count
         return count
 
-    def _rescue_of(self, part: list[Job], follow: list[Submit]) -> Callable[[Batch], int]:
+    def _rescue_of(
+        self, part: list[Job], follow: list[Submit], wishes: list[Wish]
+    ) -> Callable[[Batch], int]:
         def run(batch: Batch) -> int:
             failed = self._requeue(batch, part, crashed=True)
             batch.insert(follow)
             batch.hold_dependents([(id, FAILED) for id in failed])
+            batch.note_health(wishes)
             return len(part)
 
         return run
@@ -488,6 +510,16 @@ class Queue:
         if values and batch.tx.run_rows(st.REQUEUE_JOBS, values) != len(values):
             raise Replay("a job of a dead owner has changed meanwhile")
         return failed
+
+    def tend_health(self, rules: Sequence[Rules]) -> None:
+        """Tell what is due by the time alone; of several daemons one does."""
+        if not rules:
+            return
+        self.lane(NOTIFY, NOTIFY)
+        lanes: dict[str, list[int]] = {}
+        for one in self.lanes.values():
+            lanes.setdefault(one.type, []).append(one.id)
+        self._act(lambda batch: batch.tend_health(rules, lanes))
 
     def forget_nodes(self, owners: Iterable[str]) -> None:
         """Remove rows of dead incarnations, once their jobs are taken back."""

@@ -15,7 +15,18 @@ from upq import notify, when
 from upq.command import CommandJob
 from upq.db import one_line
 from upq.errors import Abort, BadParams, RequestError, Retry, Unavailable, Uncertain
-from upq.job import CANCELLED, DONE, FAILED, QUEUED, RESULT_LIMIT_BYTES, Job, NewJob, Outcome
+from upq.health import Wish
+from upq.job import (
+    CANCELLED,
+    DONE,
+    EXPIRED,
+    FAILED,
+    QUEUED,
+    RESULT_LIMIT_BYTES,
+    Job,
+    NewJob,
+    Outcome,
+)
 from upq.jobtypes import JobType, JobTypes
 from upq.plugins import MESSAGE_LIMIT, Desk, UpqJob, blame, follow_up
 from upq.queue import Queue
@@ -27,6 +38,7 @@ log = logging.getLogger(__name__)
 AWAY_WAIT_US = 5_000_000
 #: Seconds between two tries to store an end.
 AWAY_RETRY_S = 0.5
+CRASHED = Outcome(FAILED, "the daemon died each time while it ran", reason="crashed")
 
 
 class Runner:
@@ -172,7 +184,13 @@ class Runner:
         if outcome.state == QUEUED:
             return []
         chain, asked = follow_up(plugin) if plugin else ([], [])
-        targets = notify.choose(outcome.state, kind.cfg.notify_success, kind.cfg.notify_fail, asked)
+        success, fail = kind.cfg.notify_success, kind.cfg.notify_fail
+        if more := job.options.get("notify"):
+            success, fail = (*success, *more["success"]), (*fail, *more["fail"])
+        in_groups = kind.rules is not None and kind.rules.in_groups
+        targets = notify.choose(outcome.state, success, fail, asked, in_groups=in_groups)
+        if in_groups and more and outcome.state in (FAILED, EXPIRED):
+            targets = list(dict.fromkeys((*targets, *more["fail"])))
         then = notify.follow(
             job,
             outcome,
@@ -192,12 +210,22 @@ class Runner:
     def crashed(self, job: Job) -> list[NewJob]:
         """What the end of a job that has killed its daemon too often calls for."""
         kind = self._types.by_name.get(job.type)
-        if kind is None:
-            return []
-        outcome = Outcome(FAILED, "the daemon died each time while it ran", reason="crashed")
-        return notify.follow(
-            job, outcome, kind.cfg.notify_fail, self._types.secret, ended_at=when.now()
-        )
+        return self._then(job, kind, None, CRASHED) if kind else []
+
+    def wish_of_crashed(self, job: Job) -> Wish | None:
+        return self.wish(job, CRASHED)
+
+    def wish(self, job: Job, outcome: Outcome) -> Wish | None:
+        """What the type's health is to note of an end; None when nobody asks for it."""
+        kind = self._types.by_name.get(job.type)
+        rules = kind.rules if kind else None
+        good = outcome.state == DONE
+        if rules is None or outcome.state not in (DONE, FAILED, EXPIRED) or not rules.wants(good):
+            return None
+        self._queue.lane(notify.NOTIFY, notify.NOTIFY)  # made before the transaction that needs it
+        told = notify.describe(job, outcome, self._types.secret, ended_at=when.now(),
+                               jobcfg=kind.cfg.variables if kind else None)  # fmt: skip
+        return Wish(rules, good, told)
 
     def _end(self, job: Job, outcome: Outcome, then: list[NewJob], started_s: float) -> None:
         took_s = time.monotonic() - started_s
@@ -209,7 +237,8 @@ class Runner:
 
         while True:
             try:
-                self._queue.finish(job, outcome, then, told)
+                wish = self.wish(job, outcome)
+                self._queue.finish(job, outcome, then, told, wish)
                 return
             except RequestError as error:
                 # What follows needs ids from the database: the end waits in this thread for it.
