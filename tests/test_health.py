@@ -432,3 +432,37 @@ def test_a_daemon_tells_of_a_queue_that_stands_still(short_tmp: Path) -> None:
         assert daemon.wait(id)["state"] == DONE
         until(lambda: [one["event"] for one in told_by(daemon)].count("alert_over") == 2)
         daemon.end()
+
+
+EACH = """
+[job work]
+concurrent = 4
+notify_fail = syslog
+notify_after = 2
+[job notify]
+concurrent = 4
+syslog_address = /nowhere
+retry_delay = 1h
+"""
+
+
+def test_kills_lose_and_double_no_message(short_tmp: Path, url: str) -> None:
+    """As many messages as failures, but for the first; a job that was cut off may fail as crashed."""
+    work = "def run(self):\n    time.sleep(0.02)\n    return False"
+    daemon = Daemon(short_tmp, EACH, url, work=work)
+    shutil.copy(Path(__file__).parents[1] / "jobs/notify.py", short_tmp / "jobs")
+    jobs = 80
+    with daemon:
+        with daemon.talk() as talk:
+            for _ in range(jobs):
+                talk.say("work")
+        for left in (60, 40, 20):
+            until(lambda left=left: daemon.ask("status")["jobs"][FAILED] >= jobs - left)
+            daemon.restart()
+        until(lambda: daemon.ask("status")["jobs"][FAILED] == jobs)
+        told = told_by(daemon)
+        ids = [one["jobid"] for one in told]
+        assert len(ids) == len(set(ids)) == jobs - 1
+        assert sorted(one["failures"] for one in told) == list(range(2, jobs + 1))
+        assert len({one["thread"] for one in told}) == 1
+        daemon.end()
