@@ -447,7 +447,7 @@ retry_delay = 1h
 
 
 def test_kills_lose_and_double_no_message(short_tmp: Path, url: str) -> None:
-    """As many messages as failures, but for the first; a job that was cut off may fail as crashed."""
+    """As many messages as failures, but for the first."""
     work = "def run(self):\n    time.sleep(0.02)\n    return False"
     daemon = Daemon(short_tmp, EACH, url, work=work)
     shutil.copy(Path(__file__).parents[1] / "jobs/notify.py", short_tmp / "jobs")

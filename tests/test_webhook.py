@@ -432,7 +432,10 @@ def test_nothing_inside_is_reached(
         assert "not known" in ended.message or "not supported" in ended.message
 
 
-@pytest.mark.parametrize("text", ["8.8.8.8", "2606:4700:4700::1111", "::ffff:8.8.8.8"])
+@pytest.mark.parametrize(
+    "text",
+    ["8.8.8.8", "2606:4700:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808", "2002:808:808::"],
+)
 def test_what_is_public_is(text: str) -> None:
     assert webhook.is_public(ipaddress.ip_address(text))
 
