@@ -1,12 +1,20 @@
-"""notify: tells by mail or syslog how a job ended. Queued by the daemon itself, one per target."""
+"""notify: tells how a job ended: by mail, syslog, webhook, or any service that apprise knows.
+
+Queued by the daemon itself, one per target.
+"""
 
 from __future__ import annotations
 
+import http.client
 import json
+import logging
 import os
+import re
 import smtplib
 import socket
 import ssl
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from email.message import EmailMessage
@@ -15,18 +23,28 @@ from email.utils import localtime, parseaddr
 from functools import partial
 from logging.handlers import SysLogHandler
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
-from upq import Abort, Retry, UpqJob
+from upq import Abort, Retry, UpqJob, __version__, webhook
 from upq.job import DONE
-from upq.notify import Mail, Syslog, parse_target
+from upq.notify import (
+    TARGET_URL,
+    Mail,
+    Service,
+    Syslog,
+    Webhook,
+    library,
+    parse_target,
+    scrub,
+    shown_target,
+)
 from upq.when import duration, iso, now
 
 SMTP_PORT, SYSLOG_PORT = 25, 514
 #: Bytes of text of a syslog line, which every receiver takes.
 LINE_BYTES = 900
-#: Characters of the job's message in a subject.
-SUBJECT_CHARACTERS = 150
+#: Characters of the job's message in a subject, and of what a service is told.
+SUBJECT_CHARACTERS, SERVICE_CHARACTERS = 150, 4000
 
 Job = dict[str, Any]
 Refused = dict[str, tuple[int, bytes]]
@@ -42,11 +60,15 @@ class Notify(UpqJob):
 
     def run(self) -> bool:
         self.job: Job = self.jobdata["job"]
-        target = parse_target(self.jobdata["target"])
+        target = parse_target(self.jobdata.get(TARGET_URL) or self.jobdata["target"])
         if isinstance(target, Mail):
             self.send_mail(target.recipients)
-        else:
+        elif isinstance(target, Syslog):
             self.send_syslog(target)
+        elif isinstance(target, Webhook):
+            self.send_webhook(target.url)
+        else:
+            self.send_service(target)
         return True
 
     @property
@@ -109,7 +131,8 @@ class Notify(UpqJob):
         priority = (
             SysLogHandler.facility_names[target.facility] * 8 + SysLogHandler.priority_names[level]
         )
-        line = one_line(f"job {headline(self.job)}: {self.job['msgstr']}")
+        job = "" if "news" in self.job else "job "
+        line = one_line(f"{job}{headline(self.job)}: {self.job['msgstr']}")
         line = line.encode()[:LINE_BYTES].decode(errors="ignore")
         address = self.getcfg("syslog_address") or "/dev/log"
         try:
@@ -140,6 +163,100 @@ class Notify(UpqJob):
         with socket.socket(family, socket.SOCK_DGRAM) as sender:
             sender.sendto(line.encode(), where)
 
+    # Webhooks
+
+    def send_webhook(self, url: str) -> None:
+        """POST the job as JSON; whether it is tried again is up to the status of the answer."""
+        shown = shown_target(f"webhook:{url}")
+        body = json.dumps(self.job).encode()
+        at = int(time.time())
+        headers = {
+            "Content-Type": "application/json",
+            "User-Agent": f"upq/{__version__}",
+            "X-Upq-Event": self.job.get("event") or self.job["state"],
+            "X-Upq-Delivery": str(self.jobid),
+            "X-Upq-Timestamp": str(at),
+        }
+        if secret := self.getcfg("webhook_secret"):
+            headers["X-Upq-Signature"] = webhook.signature(secret, at, body)
+        try:
+            answer = webhook.post(
+                url,
+                body,
+                headers,
+                allow=webhook.networks(self.getcfg("webhook_allow") or ""),
+                timeout_s=duration(self.getcfg("webhook_timeout_s") or "10"),
+            )
+        except webhook.Forbidden as error:
+            raise Abort(f"{shown}: {error}") from error
+        except (OSError, http.client.HTTPException) as error:
+            raise Retry(f"{shown}: {one_line(str(error) or type(error).__name__)}") from error
+        if answer.is_final:
+            raise Abort(f"{shown}: refused with status {answer.status}")
+        if not answer.is_well:
+            raise Retry(f"{shown}: status {answer.status}", after=answer.retry_after_s)
+        self.msg(f"sent to {shown}")
+
+    # All else
+
+    def send_service(self, service: Service) -> None:
+        """Have the notification library tell it. Why it could not is said without the URL."""
+        shown = shown_target(service.url)
+        try:
+            apprise = library()
+        except ImportError as error:
+            raise Retry(f"{shown}: needs the extra `notify`: pip install 'upq[notify]'") from error
+        with Overheard() as heard:
+            try:
+                to = apprise.Apprise.instantiate(service.url, suppress_exceptions=True)
+                if to is None:
+                    raise Abort(f"{shown}: the notification library (apprise) cannot read this URL")
+                host = socket.gethostname()
+                text = "\n".join(map(one_line, body(self.job, host)))[:SERVICE_CHARACTERS]
+                kind = "success" if self.job["state"] == DONE else "failure"
+                sent = to.notify(body=text, title=subject(self.job, host), notify_type=kind)
+            except (Abort, Retry):
+                raise
+            except Exception as error:
+                sent, heard.words = False, [*heard.words, f"{type(error).__name__}: {error}"]
+        if not sent:
+            why = scrub(one_line(" ".join(heard.words)), pieces(service.url))
+            raise Retry(f"{shown}: not delivered. {why}".strip())
+        self.msg(f"sent to {shown}")
+
+
+class Overheard(logging.Handler):
+    """What the notification library warns of in this thread, while the block runs."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.words: list[str] = []
+        self._thread = threading.get_ident()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.thread == self._thread:
+            self.words.append(record.getMessage())
+
+    def hush(self, record: logging.LogRecord) -> bool:
+        return record.thread != self._thread
+
+    def __enter__(self) -> Overheard:
+        logging.getLogger("apprise").addHandler(self)
+        # It names the paths that it asks for, in lines for debugging.
+        logging.getLogger("urllib3.connectionpool").addFilter(self.hush)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("apprise").removeHandler(self)
+        logging.getLogger("urllib3.connectionpool").removeFilter(self.hush)
+
+
+def pieces(url: str) -> list[str]:
+    """All of a URL that may be a secret, the longest first."""
+    rest = url.partition("://")[2]
+    words = {rest, unquote(rest), *re.split(r"[/?&=:@,+#%]+", f"{rest}/{unquote(rest)}")}
+    return sorted((word for word in words if len(word) > 2), key=len, reverse=True)
+
 
 def split(address: str) -> SplitResult:
     return urlsplit(address if "//" in address else f"//{address}")
@@ -165,29 +282,55 @@ def judged(error: Exception) -> Abort | Retry:
 
 
 def headline(job: Job) -> str:
+    if "news" in job:
+        return f"{job['jobname']}: {job['news']}"
     return f"{job['jobid']} {job['jobname']} {job['state']}"
+
+
+def subject(job: Job, host: str) -> str:
+    """One line; what belongs to one group begins alike."""
+    if "news" in job:
+        happened = f"[upq] {headline(job)}"
+    else:
+        happened = f"[upq] {job['jobname']} {job['jobid']} {job['state']} on {host}"
+    return one_line(f"{happened}: {job['msgstr'][:SUBJECT_CHARACTERS]}".rstrip(": "))
 
 
 def compose(job: Job, sender: str, recipients: tuple[str, ...], number: int) -> EmailMessage:
     """The mail about a job; a second delivery after a crash has the same Message-ID."""
     host = socket.gethostname()
     mail = EmailMessage()
-    happened = f"[upq] {job['jobname']} {job['jobid']} {job['state']} on {host}"
-    mail["Subject"] = one_line(f"{happened}: {job['msgstr'][:SUBJECT_CHARACTERS]}".rstrip(": "))
+    mail["Subject"] = subject(job, host)
     mail["From"] = sender
     mail["To"] = ", ".join(recipients)
     mail["Date"] = localtime()
     mail["Message-ID"] = f"<upq.{job['jobid']}.{number}.{job['ended_at']}@{host}>"
+    if thread := job.get("thread"):
+        # Of no mail: all that refer to it are shown as one talk.
+        mail["In-Reply-To"] = mail["References"] = one_line(f"<{thread}.thread@upq>")
     mail["Auto-Submitted"] = "auto-generated"
     mail.set_content("\n".join(map(one_line, body(job, host))) + "\n")
     return mail
 
 
 def body(job: Job, host: str) -> Iterator[str]:
-    yield f"Job {headline(job)} on {host}"
+    yield f"{headline(job)}, on {host}" if "news" in job else f"Job {headline(job)} on {host}"
     yield ""
+    if job.get("event") in ("alert", "alert_over"):
+        yield "All that waits:   upq-cli queues"
+        yield f"All that failed:  upq-cli jobs state:failed type:{job['jobname']}"
+        return
+    if job.get("event") == "digest":
+        yield f"The first failed at {iso(job['first_at'])}, the last at {iso(job['last_at'])}."
+        yield f"The latest are {', '.join(map(str, job['ids']))}; the last said:"
+        yield ""
     yield from lines(job["msgstr"])
     yield ""
+    if job.get("event") == "digest":
+        yield f"Try it again:     upq-cli retry {job['jobid']}"
+        yield f"All about it:     upq-cli show {job['jobid']}"
+        yield f"All that failed:  upq-cli jobs state:failed type:{job['jobname']}"
+        return
     facts = {
         "params": json.dumps(job["jobdata"], ensure_ascii=False, default=str),
         "result": json.dumps(job["result"], ensure_ascii=False, default=str),

@@ -227,6 +227,9 @@ def test_an_empty_value_means_the_default(job: Callable[..., JobSettings]) -> No
         ("mail root", ("mail:root",)),
         ("mail a@x mail b@y", ("mail:a@x", "mail:b@y")),
         ("mail a@x\n syslog", ("mail:a@x", "syslog")),
+        ("mail a@x, ntfy://h/a,b, syslog", ("mail:a@x", "ntfy://h/a,b", "syslog")),
+        ("mail:a@x,ntfy://h/a", ("mail:a@x", "ntfy://h/a")),
+        ("webhook:https://h/p?a=1,2", ("webhook:https://h/p?a=1,2",)),
     ],
 )
 def test_targets_are_read_in_both_spellings(
@@ -724,9 +727,32 @@ FAULTS = [
     ("[job a]\nparams = pin\nsecret = pni", 3, "secret: no parameter 'pni' (did you mean pin?)"),
     # Notifications
     (
-        "[job a]\nnotify_fail = slack://token@x",
+        "[job a]\nnotify_fail = webhook:ftp://x/hidden",
         2,
-        "notify_fail: slack:// notifications are not yet available",
+        "notify_fail: webhook:ftp://x/***: not http://host... or https://host...",
+    ),
+    ("[job a]\nnotify_fail = webhook:https://u:pw@x/", 2, "without user and password"),
+    ("[job a]\nnotify_fail = webhook:https://x:99999", 2, "Port out of range"),
+    (
+        "[job a]\nnotify_success = webhook:http://169.254.169.254/hidden",
+        2,
+        "webhook:http://169.254.169.254/***: 169.254.169.254 is not public: [webhook] allow",
+    ),
+    ("[job a]\nnotify_fail = slak:/hidden/x", 2, "notify_fail: 'slak'... is no target"),
+    ("[webhook]\nallow = 10.0.0.1/8", 2, "allow: 10.0.0.1/8 has host bits set"),
+    ("[webhook]\nallow = localhost", 2, "networks are 10.0.0.0/8 or fd00::/8"),
+    ("[access]\nnotify = male:*@x", 2, "notify: 'male:*@x' is no pattern of targets"),
+    (
+        "[job a]\nnotify_fail = retry:3\nnotify_every = 1h",
+        3,
+        "notify_every: nobody to tell, notify_fail is empty",
+    ),
+    ("[job a]\nalert_queue_age = 1h", 2, "alert_queue_age: nobody to tell"),
+    ("[job a]\nnotify_fail = syslog\nnotify_after = 0", 3, "0 is not between 1 and"),
+    (
+        "[job notify]\nnotify_fail = syslog\nalert_no_success = 1h",
+        3,
+        "alert_no_success: a notification tells nobody of itself",
     ),
     ("[job a]\nnotify_fail = sylog", 2, "notify_fail: 'sylog' is no target (did you mean syslog?)"),
     ("[job a]\nnotify_fail = mail", 2, "no mail address"),
@@ -752,6 +778,53 @@ FAULTS = [
         "go round: a -> b -> a",
     ),
 ]
+
+
+def test_urls_of_services_need_the_extra_which_is_told_where_they_stand(
+    load: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "[job a]\nretries = 1\nnotify_fail = syslog slack://hidden/token\n[job notify]"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert faults(load, text) == [
+        "upq.cfg:3: notify_fail: slack://***: needs the extra `notify`: pip install 'upq[notify]'"
+    ]
+
+
+def test_urls_of_services_are_read_by_the_library_only_when_they_are_checked(
+    write: Callable[..., None],
+) -> None:
+    write("[job a]\nnotify_success = ntfy://host/topic discord://hidden\n[job notify]")
+    assert config.load("upq.cfg", {}).jobs["a"].notify_success[1] == "discord://hidden"
+    with pytest.raises(ConfigError) as caught:
+        config.load("upq.cfg", {}, thorough=True)
+    assert caught.value.faults == [
+        "upq.cfg:2: notify_success: discord://***: the notification library (apprise) cannot read"
+        " this URL"
+    ]
+
+
+def test_to_read_urls_of_services_does_not_load_the_library(write: Callable[..., None]) -> None:
+    write("[job a]\nnotify_fail = ntfy://host/topic\n[job notify]")
+    code = "import sys, upq.config as c; c.load('upq.cfg'); print('apprise' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT)}, capture_output=True, check=True
+    )
+    assert done.stdout == b"False\n"
+
+
+def test_targets_may_stand_in_a_file(
+    load: Callable[..., Settings], write: Callable[..., None]
+) -> None:
+    write("ntfy://host/topic\nsyslog\n", "targets")
+    jobs = load("[job a]\nnotify_fail_file = targets\n[job notify]").jobs
+    assert jobs["a"].notify_fail == ("ntfy://host/topic", "syslog")
+    assert "ntfy" not in repr(jobs["a"])
+
+
+def test_a_target_others_can_read_is_warned_of(write: Callable[..., None]) -> None:
+    write("[job a]\nnotify_fail = slack://a/b/c\n[job notify]", mode=0o644)
+    warned = [text for text in config.load("upq.cfg", {}).warnings if "others can read" in text]
+    assert len(warned) == 1
 
 
 @pytest.mark.parametrize(("text", "line", "words"), FAULTS, ids=lambda value: str(value)[:40])

@@ -94,7 +94,7 @@ def test_after_a_crash_the_same_calls_return_the_same_jobs(office: Office, paren
 def rerun(office: Office, parent: UpqJob) -> UpqJob:
     job = office.pool._jobs.pop(parent.token)
     office.pool._running -= 1
-    office.store.queue.rescue([job], lambda _: [])
+    office.store.queue.rescue([job], lambda _: ((), None))
     return office.begin(office.store.claim_one())
 
 

@@ -13,9 +13,9 @@ ROOT = Path(__file__).parent.parent
 #: A file of upq/ imports only from floors below its own.
 FLOORS = (
     "errors job when events clock log systemd interrupt pipes shim trees",
-    "access params wire gates rates spawn secret",
+    "access params wire gates rates spawn secret webhook",
     "protocol plugins notify schema client draws vault",
-    "command keeper migrations",
+    "command health keeper migrations",
     "db cli",
     "sql",
     "writer statements",

@@ -44,8 +44,8 @@ TURN = Limits(serial="vm:5")
 OTHER_TURN = Limits(serial="vm:6")
 
 
-def no_jobs(_: Job) -> list[NewJob]:
-    return []
+def no_jobs(_: Job) -> tuple[list[NewJob], None]:
+    return [], None
 
 
 def new(type: str = "hash", /, **fields: Any) -> NewJob:
@@ -554,9 +554,9 @@ def test_a_job_that_has_not_started_in_time_never_starts(store: Store) -> None:
     assert store.queue.next_due == 1
     told: list[int] = []
 
-    def then(one: Job) -> list[NewJob]:
+    def then(one: Job) -> tuple[list[NewJob], None]:
         told.append(one.id)
-        return [NewJob("notify", {"of": one.id})]
+        return [NewJob("notify", {"of": one.id})], None
 
     assert store.queue.expire(then) == {store.queue.lane("hash", "hash").id}
     seen = store.views.job(first)
@@ -621,9 +621,9 @@ def test_a_job_that_starts_while_it_is_found_overdue_goes_on(
     first = store.submit(limits=Limits(expires_at=when.now() + HOUR))
     store.change(sa.update(job).values(expires_at=1).where(job.c.id == first))
 
-    def then(one: Job) -> list[NewJob]:
+    def then(one: Job) -> tuple[list[NewJob], None]:
         store.claim_one()
-        return [NewJob("notify", {})]
+        return [NewJob("notify", {})], None
 
     assert store.queue.expire(then) == set()
     assert store.views.job(first)["state"] == RUNNING

@@ -24,6 +24,7 @@ from tests.conftest import unavailable
 from tests.jobkit import Ended, Jobs
 from tests.servers import Missing, program
 from upq.errors import BadParams
+from upq.health import NO_JOB
 from upq.job import CANCELLED, DONE, EXPIRED, FAILED, QUEUED, Job, NewJob, Outcome, Output
 from upq.notify import (
     TAIL_BYTES,
@@ -31,6 +32,7 @@ from upq.notify import (
     Mail,
     Syslog,
     choose,
+    describe,
     follow,
     parse_target,
 )
@@ -678,3 +680,56 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 20) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+# Groups of failures, and alerts
+
+
+def of_group(event: str, **more: Any) -> dict[str, Any]:
+    """What `upq.health` says of a group, as the notify job gets it."""
+    told = {**NO_JOB, "jobname": "hash", "jobid": 19, "msgstr": "no disk", "ended_at": AT}
+    told |= {"event": event, "news": f"news of {event}", "thread": f"17.{AT}", "ids": [17, 19]}
+    return told | {"first_at": AT, "last_at": AT + 1_000_000} | more
+
+
+def test_mails_of_a_group_are_one_talk(jobs: Jobs, mail_server: Start, postbox: Postbox) -> None:
+    jobcfg = at(mail_server())
+    for number, event in enumerate(("failed", "digest", "recovered"), 20):
+        facts = {**describe(a_job(), FAILURE, ended_at=AT), **of_group(event, created_at=AT)}
+        params = {"target": "mail:a@x.org", "job": facts}
+        assert jobs.run("notify", params, jobid=number, **jobcfg).state == "done"
+    mails = [postbox.message(number) for number in range(3)]
+    for mail, event in zip(mails, ("failed", "digest", "recovered"), strict=True):
+        assert mail["References"] == mail["In-Reply-To"] == f"<17.{AT}.thread@upq>"
+        assert mail["Subject"] == f"[upq] hash: news of {event}: no disk"
+    assert len({mail["Message-ID"] for mail in mails}) == 3
+    digest = postbox.body(1)
+    assert "The latest are 17, 19; the last said:\n\nno disk\n" in digest
+    assert "The first failed at 2027-01-15T08:00:00.000000Z, the last at 2027-" in digest
+    assert "upq-cli retry 19" in digest
+
+
+def test_a_mail_of_no_group_belongs_to_no_talk(
+    jobs: Jobs, mail_server: Start, postbox: Postbox
+) -> None:
+    send(jobs, "mail:a@x.org", at(mail_server()))
+    assert "References" not in postbox.message()
+
+
+def test_an_alert_tells_of_no_job(jobs: Jobs, mail_server: Start, postbox: Postbox) -> None:
+    told = {**NO_JOB, "jobname": "hash", "event": "alert", "news": "too old", "thread": "hash.1"}
+    jobs.run("notify", {"target": "mail:a@x.org", "job": told}, jobid=5, **at(mail_server()))
+    assert postbox.message()["Subject"] == "[upq] hash: too old"
+    assert postbox.body().startswith(f"hash: too old, on {socket.gethostname()}\n\nAll that waits:")
+    assert "show 0" not in postbox.body()
+
+
+@pytest.mark.parametrize(("state", "level"), [(FAILED, 3), (DONE, 6)])
+def test_syslog_tells_of_a_group(
+    jobs: Jobs, dev_log: socket.socket, state: str, level: int
+) -> None:
+    params = {"target": "syslog", "job": of_group("digest", state=state)}
+    assert jobs.run("notify", params, jobid=5, **log_to(dev_log)).state == "done"
+    line = dev_log.recv(4096).decode()
+    assert line.startswith(f"<{3 * 8 + level}>")
+    assert line.endswith(": hash: news of digest: no disk")

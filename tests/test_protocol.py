@@ -140,10 +140,12 @@ def test_a_bad_option_is_bad_params_and_names_the_option(word: str) -> None:
 def test_every_field_of_the_options_can_be_given() -> None:
     options = {"priority": 3, "key": "k", "queue": "q", "node": "n", "timeout": 1.5}
     options |= {"in": 1, "retries": 2, "expires": "1h", "after": [1, "2"]}
+    options |= {"notify": ["syslog", "mail:a@x"], "notify_fail": "syslog", "notify_success": "x"}
     given = parse(json.dumps({"submit": "t", "options": options})).options
     assert given._replace(run_at=0).count(None) == 0
     assert given.timeout_s == 1.5
     assert given.after == (1, 2)
+    assert given.notify == "syslog mail:a@x"
 
 
 # JSON

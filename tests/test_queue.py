@@ -393,7 +393,7 @@ def test_an_end_stores_what_the_job_has_left(store: Store) -> None:
 def test_a_late_finish_is_refused(store: Store) -> None:
     store.submit()
     late = store.claim_one()
-    store.queue.rescue([late], lambda _: [])
+    store.queue.rescue([late], lambda _: ((), None))
     fresh = store.claim_one()
     follow = [NewJob("reverify", {})]
     assert not end(store, late, result="late", then=follow)
@@ -408,7 +408,7 @@ def test_a_late_finish_leaves_its_neighbours_alone(store: Store) -> None:
     for _ in range(5):
         store.submit()
     claimed = store.claim(5)
-    store.queue.rescue([claimed[2]], lambda _: [])
+    store.queue.rescue([claimed[2]], lambda _: ((), None))
     told: dict[int, bool] = {}
     for one in claimed:
         follow = [NewJob("reverify", {"of": one.id})]
@@ -749,7 +749,7 @@ def test_jobs_of_the_dead_go_back_and_their_nodes_are_forgotten(url: str) -> Non
         dead, owners = store.queue.orphans(), store.queue.dead_nodes()
         assert [one.id for one in dead] == ids[:2]
         assert len(owners) == 1
-        assert store.queue.rescue(dead, lambda _: []) == 2
+        assert store.queue.rescue(dead, lambda _: ((), None)) == 2
         store.queue.forget_nodes(owners)
         assert store.queue.dead_nodes() == []
         again = store.claim(9)
@@ -785,7 +785,7 @@ def test_many_jobs_of_the_dead_are_found_in_pages(url: str) -> None:
     with reborn(url, store) as store:
         dead = store.queue.orphans()
         assert len({one.id for one in dead}) == CHUNK + 6
-        assert store.queue.rescue(dead, lambda _: []) == CHUNK + 6
+        assert store.queue.rescue(dead, lambda _: ((), None)) == CHUNK + 6
         assert tallied(store) == counted(store)
 
 
@@ -797,7 +797,7 @@ def test_a_job_that_kills_its_daemon_too_often_fails_as_crashed(url: str) -> Non
         assert store.claim_one().id == id
         store = reborn(url, store)
         dead, owners = store.queue.orphans(), store.queue.dead_nodes()
-        assert store.queue.rescue(dead, lambda one: [NewJob("notify", {"of": one.id})]) == 1
+        assert store.queue.rescue(dead, lambda one: ([NewJob("notify", {"of": one.id})], None)) == 1
         store.queue.forget_nodes(owners)
         assert store.queue.crashed == (n == CRASH_LIMIT)
     with store:
@@ -820,7 +820,7 @@ def test_a_parent_that_waited_is_not_blamed(url: str) -> None:
         store.queue.set_reason(parent, "waits for 18")
         store.flush()
         store = reborn(url, store)
-        store.queue.rescue(store.queue.orphans(), lambda _: [])
+        store.queue.rescue(store.queue.orphans(), lambda _: ((), None))
     with store:
         assert store.views.job(id)["crashes"] == 0
 
@@ -1195,7 +1195,7 @@ class Model(RuleBasedStateMachine):
         self.store = reborn(self.url, self.store)
         dead = self.store.queue.orphans()
         assert {one.id for one in dead} == set(self.claims)
-        self.store.queue.rescue(dead, lambda _: [])
+        self.store.queue.rescue(dead, lambda _: ((), None))
         self.store.queue.forget_nodes(self.store.queue.dead_nodes())
         for id, lost in self.claims.items():
             self.crashes[id] += 1
@@ -1281,7 +1281,7 @@ def test_no_change_reads_the_whole_table(store: Store, monkeypatch: pytest.Monke
         store.submit(run_at=when.now())
         queue.stage()
         store.submit()
-        queue.rescue(store.claim(2), lambda _: [])
+        queue.rescue(store.claim(2), lambda _: ((), None))
         queue.purge(CANCELLED, 5), queue.purge(DONE, 5)
     slow = {name: ms for name, ms in spent_ms.items() if ms > FEW_ROWS_MS}
     assert len(spent_ms) > 30

@@ -18,6 +18,8 @@ from upq import statements as st
 from upq.draws import Allowance, Bounds, Draw, Plan, Spent, choose
 from upq.errors import KeyConflict, NotFound, RequestError
 from upq.events import Event
+from upq.health import Health, Rules, Told, Wish, digest, queue_age, silence
+from upq.health import ended as health_ended
 from upq.job import (
     BLOCKED,
     CANCELLED,
@@ -30,9 +32,11 @@ from upq.job import (
     Accepted,
     Job,
     Limits,
+    NewJob,
     Outcome,
 )
 from upq.limits import Limiter, kept, kept_text, turn_reason
+from upq.notify import address
 from upq.sql import Sql, Tx
 from upq.vault import Vault
 from upq.writer import Replay
@@ -93,6 +97,8 @@ class Finish:
     then: Submit | None
     #: Told whether the end was ours to make, after the commit.
     told: Callable[[bool], None] | None = None
+    #: For a type that is told of by its health.
+    wish: Wish | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -137,6 +143,12 @@ class Home(Protocol):
 
     def plan(self, draw: Draw, queued: set[int]) -> Plan:
         """What to draw from now, when these lanes have just got jobs."""
+
+    def take_ids(self, k: int) -> int | None:
+        """The first of k job ids that are reserved; None when so many are not."""
+
+    def row(self, new: NewJob, id: int, now: int) -> list[Any]:
+        """A job as it is inserted; its lane has to be there already."""
 
     def note(self, batch: Batch, committed: bool) -> None:
         """Hear how the batch has ended."""
@@ -516,6 +528,7 @@ class Batch:
             if not self.tx.alone:
                 raise Replay("an end in this batch is from a lost claim")
             return [self._was_ours(finishes[0])]
+        wishes = []
         for one in finishes:
             ended, outcome = one.job, one.outcome
             self.moved(ended.id, ended.lane, RUNNING, outcome.state, reason=outcome.reason,
@@ -525,8 +538,12 @@ class Batch:
                 self._told.append((one.told, True))
             if ended.options:
                 self._end_limited(one)
+            if one.wish is not None:
+                wishes.append(one.wish)
         self._keep_outputs(finishes)
         self._follow(finishes)
+        if wishes:
+            self.note_health(wishes)
         return [True] * len(finishes)
 
     def _end_limited(self, one: Finish) -> None:
@@ -586,6 +603,61 @@ class Batch:
         if one.told is not None:
             self._told.append((one.told, ours))
         return ours
+
+    # How types fare
+
+    def note_health(self, wishes: Sequence[Wish]) -> None:
+        """Take note of ends of types that are told of by their health, in the order given."""
+        by_type: dict[str, list[Wish]] = {}
+        for wish in wishes:
+            by_type.setdefault(wish.rules.type, []).append(wish)
+        for type in sorted(by_type):
+            health = self._lock_health(type)
+            for wish in by_type[type]:
+                self._tell_targets(wish.rules, health_ended(health, wish, self.now))
+            self._keep_health(health)
+
+    def tend_health(self, rules: Sequence[Rules], lanes: dict[str, list[int]]) -> None:
+        """Tell what is due by the time alone: digests and alerts. lanes: those of each type."""
+        for one in sorted(rules, key=lambda rules: rules.type):
+            health = self._lock_health(one.type)
+            before = health.columns()
+            found = [*digest(health, one, self.now), *silence(health, one, self.now)]
+            if one.queue_age_us or health.queue_alert_at is not None:
+                oldest_at = self._oldest(lanes.get(one.type, []))
+                found += queue_age(health, one, oldest_at, self.now)
+            if health.columns() != before:
+                self._tell_targets(one, found)
+                self._keep_health(health)
+
+    def _lock_health(self, type: str) -> Health:
+        found = self.tx.fetch(st.LOCK_HEALTH, type=type)
+        if not found:
+            self.tx.run(st.ADD_HEALTH, type=type, now=self.now)
+            found = self.tx.fetch(st.LOCK_HEALTH, type=type)
+        return Health.of_row(found[0])
+
+    def _keep_health(self, health: Health) -> None:
+        self.tx.run(st.SET_HEALTH, of=health.type, **health.columns())
+
+    def _tell_targets(self, rules: Rules, found: Sequence[Told]) -> None:
+        new = [job for told in found for job in address(told, rules.targets)]
+        if new:
+            taken = self._home.take_ids(len(new))
+            first = self.numbers("job", len(new)) if taken is None else taken
+            rows = [self._home.row(job, id, self.now) for id, job in enumerate(new, first)]
+            self.insert([Submit(rows, [()] * len(rows), "")])
+
+    def _oldest(self, lanes: Sequence[int]) -> int | None:
+        """Since when the job of these lanes that has waited longest could have started."""
+        found: int | None = None
+        for lane_id in lanes:
+            above = -(1 << 31)
+            while part := self.tx.fetch(st.OLDEST_OF_RANK, lane=lane_id, above=above):
+                above = part[-1][0]
+                at = min(max(created_at, run_at or 0) for _, created_at, run_at in part)
+                found = at if found is None else min(found, at)
+        return found
 
     # Jobs that wait for others
 

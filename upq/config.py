@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from upq import webhook as webhooks
 from upq import when
 from upq.access import unknown_principals
 from upq.errors import ConfigError, RequestError
@@ -52,6 +53,7 @@ from upq.kinds import (
     NAME_SET,
     NAMES,
     NAMES_HERE,
+    NETWORKS,
     NODE_NAME,
     NOT_YET,
     OPEN_FILES,
@@ -63,6 +65,7 @@ from upq.kinds import (
     QUEUE,
     RATE,
     SIZE,
+    TARGET_PATTERNS,
     TARGETS,
     TEMPLATE,
     TEXT,
@@ -80,7 +83,8 @@ from upq.kinds import (
     number,
     one_of,
 )
-from upq.notify import NOTIFY
+from upq.notify import NOTIFY, Service, parse_target, service_fault, shown_target
+from upq.notify import Webhook as Hook
 from upq.params import Param, ParamSpec, names_in, shown, suggest
 from upq.protocol import SUBMIT, VERBS, Request, parse
 from upq.rates import Rate
@@ -231,6 +235,12 @@ class Access:
     admin: tuple[str, ...] = setting(
         PRINCIPALS, "", "All else; root and the daemon's own user always may."
     )
+    notify: tuple[str, ...] = setting(
+        TARGET_PATTERNS,
+        "",
+        "Targets that a submit may name with `@notify:`: `mail:*@example.org syslog`. `*` stands"
+        " for any text without `/ @ ? # ,`, after a last `/` for anything; empty: none.",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +255,21 @@ class Mail:
     user: str = setting(TEXT, "", "Log in as this user; empty: no login.")
     password: str = setting(TEXT, "", "The password of `user`.", secret=True)
     timeout_s: float = setting(TIME_LIMIT, "10s", "For each step of a delivery.")
+
+
+@dataclass(frozen=True, slots=True)
+class Webhook:
+    """How `webhook:https://...` targets are told: a POST of JSON."""
+
+    secret: str = setting(
+        TEXT, "", "Key of the header `X-Upq-Signature`; empty: no such header.", secret=True
+    )
+    allow: tuple[webhooks.Network, ...] = setting(
+        NETWORKS,
+        "",
+        "Networks of one's own that may be told: `10.0.0.0/8 127.0.0.1`; empty: none.",
+    )
+    timeout_s: float = setting(TIME_LIMIT, "10s", "For a delivery as a whole.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,9 +339,31 @@ class JobSettings:
         TARGETS,
         "",
         "Whom to tell when a job has failed: `syslog`, `syslog:daemon.err`, `mail:a@x.org,b@x.org`,"
-        " several at will. `retry:3` and `retrywait:3|1h` mean `retries` and `retry_delay`.",
+        " `webhook:https://...`, any URL of apprise (extra `notify`), several at will, with blanks"
+        " between. `retry:3` and `retrywait:3|1h` mean `retries` and `retry_delay`.",
+        secret=True,
     )
-    notify_success: tuple[str, ...] = setting(TARGETS, "", "Whom to tell when a job is done.")
+    notify_success: tuple[str, ...] = setting(
+        TARGETS, "", "Whom to tell when a job is done.", secret=True
+    )
+    notify_after: int = setting(
+        number(1), "1", "Tell `notify_fail` only from so many failures in a row on."
+    )
+    notify_every_s: float = setting(
+        DURATION,
+        "0",
+        "While jobs go on failing, tell at most so often, with a digest; 0: each. With this or"
+        " `notify_after` it is also told when the type works again.",
+    )
+    alert_queue_age_s: float = setting(
+        DURATION,
+        "0",
+        "Tell `notify_fail` when a job that could start waits for longer, and when that is over;"
+        " 0: no.",
+    )
+    alert_no_success_s: float = setting(
+        DURATION, "0", "The same when no job was done for so long, or ever; 0: no."
+    )
     subjobs: tuple[str, ...] = setting(
         NAMES, "", "Job types that follow one after another on success, with the same parameters."
     )
@@ -539,6 +586,7 @@ class Settings:
     listen: Listen = Listen()
     access: Access = Access()
     mail: Mail = Mail()
+    webhook: Webhook = Webhook()
     node: Node = Node()
     jobs: dict[str, JobSettings] = field(default_factory=dict)
     #: In the order of the file.
@@ -564,6 +612,7 @@ SECTIONS: dict[str, Any] = {
     "listen": Listen,
     "access": Access,
     "mail": Mail,
+    "webhook": Webhook,
     "node": Node,
 }
 
@@ -692,7 +741,37 @@ def _job(name: str, modules: set[str], ini: Ini) -> JobSettings:
         ini.warn(section.place, f"[job {name}] is disabled: no {name}.py in jobs_dir")
     if job.command and "executor" in job.variables:
         ini.fault(ini.place(section.name, "executor"), "executor: a command is a process anyway")
+    _check_telling(job, ini)
     return _with_params(_with_retries(job, ini), ini)
+
+
+def _check_telling(job: JobSettings, ini: Ini) -> None:
+    """Settings that say when `notify_fail` is told, with nobody to tell."""
+    keys = ("notify_after", "notify_every", "alert_queue_age", "alert_no_success")
+    for key in filter(job.variables.get, keys):
+        place = ini.place(f"job {job.name}", key)
+        if job.name == NOTIFY:
+            ini.fault(place, f"{key}: a notification tells nobody of itself")
+        elif all(target.startswith("retry") for target in job.notify_fail):
+            ini.fault(place, f"{key}: nobody to tell, notify_fail is empty")
+
+
+def _check_urls(
+    jobs: Mapping[str, JobSettings], webhook: Webhook, ini: Ini, thorough: bool
+) -> None:
+    """Whether targets that are URLs can be told, as far as that can be seen from here."""
+    for job in jobs.values():
+        for key in ("notify_fail", "notify_success"):
+            place = ini.place(f"job {job.name}", key, f"{key}_file")
+            for target in (one for one in getattr(job, key) if not one.startswith("retry")):
+                parsed, fault = parse_target(target), ""
+                if isinstance(parsed, Service):
+                    fault = service_fault(parsed.url, try_it=thorough)
+                elif isinstance(parsed, Hook):
+                    fault = webhooks.forbidden_literal(parsed.url, webhook.allow)
+                    fault = fault and f"{shown_target(target)}: {fault}"
+                if fault:
+                    ini.fault(place, f"{key}: {fault}")
 
 
 def _with_retries(job: JobSettings, ini: Ini) -> JobSettings:
@@ -1018,8 +1097,16 @@ def _with_keys(db: Db, ini: Ini) -> Db:
         return db
 
 
-def load(path: str | os.PathLike[str], env: Mapping[str, str] = os.environ) -> Settings:
-    """The settings of a file, with `upq.d/*.cfg` beside it. Raises ConfigError with every fault."""
+def load(
+    path: str | os.PathLike[str],
+    env: Mapping[str, str] = os.environ,
+    *,
+    thorough: bool = False,
+) -> Settings:
+    """The settings of a file, with `upq.d/*.cfg` beside it. Raises ConfigError with every fault.
+
+    thorough: have the notification library look at its URLs, which takes a moment.
+    """
     ini = Ini(os.fspath(path), env, (*SECTIONS, "tokens"))
     parts: dict[str, Any] = {name: _fill(cls, name, ini) for name, cls in SECTIONS.items()}
     paths = parts["paths"] = _with_socket(parts["paths"], ini)
@@ -1032,6 +1119,7 @@ def load(path: str | os.PathLike[str], env: Mapping[str, str] = os.environ) -> S
     _check_limits(jobs, tokens, parts["node"], pools, ini)
     schedules = _schedules(_named("schedule", ini), jobs, ini)
     _check_subjobs(jobs, ini)
+    _check_urls(jobs, parts["webhook"], ini, thorough)
     _warn_of_silence(jobs, modules, ini)
     _warn_of_strangers(parts["access"], jobs, ini)
     if ini.faults:
@@ -1075,7 +1163,8 @@ with file and line; `upq.py --settings` prints all settings, one a line.
 * Relative paths start at the folder of the file. `upq.d/*.cfg` beside it is read, too.
 * `${NAME}` in a value is the environment's NAME; write `$${NAME}` for the text itself.
   A variable `UPQ_DB__URL` or `UPQ_JOB_HASH__CONCURRENT` wins over the file.
-* `password_file` and `url_file` name a file that holds the secret.
+* `password_file`, `url_file`, `secret_file` of `[webhook]`, `notify_fail_file` and
+  `notify_success_file` name a file that holds the secret.
 * Durations: `30s`, `10m`, `1h30m`, `2d`, `1w`; a plain number is seconds. Sizes: `512K`, `20M`.
 """
 

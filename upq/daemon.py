@@ -55,6 +55,8 @@ PURGE_S, PURGE_SLOTS_S, SLOTS_KEPT_S = 10.0, 600.0, 86400
 LINES_S = 60.0
 #: Seconds between two looks for what executors keep and do not need.
 TIDY_S = 10.0
+#: Seconds between two looks for digests and alerts that are due.
+HEALTH_S = 5.0
 #: Exit status for a damaged database file: to start again would not help (EX_DATAERR).
 DAMAGED = 65
 #: Failures of one of the daemon's own threads after which it gives up.
@@ -102,6 +104,7 @@ class Daemon:
         self._clock.every(LINES_S, "turns", self._queue.mend_lines)
         self._clock.every(TIDY_S, "tidy", self._runner.tidy)
         self._clock.every(PURGE_SLOTS_S, "slots", self._purge_slots)
+        self._clock.every(HEALTH_S, "health", self._tend_health)
         interval_s = systemd.watchdog_interval_s()
         if interval_s is not None:
             self._clock.every(interval_s, "watchdog", self._ping_watchdog)
@@ -290,6 +293,9 @@ class Daemon:
 
     def _purge_slots(self) -> None:
         self._queue.purge_slots(when.now() - SLOTS_KEPT_S * 1_000_000)
+
+    def _tend_health(self) -> None:
+        self._queue.tend_health(self._types.told_in_groups())
 
     def _ping_watchdog(self) -> None:
         """Tell systemd that we live, if the claimer has come round since we woke it last."""

@@ -42,7 +42,15 @@ from upq.job import (
     NewJob,
 )
 from upq.jobtypes import JobType, JobTypes
-from upq.notify import NOTIFY
+from upq.notify import (
+    NOTIFY,
+    Service,
+    is_allowed,
+    parse_target,
+    service_fault,
+    shown_target,
+    split_targets,
+)
 from upq.params import queue_name
 from upq.plugins import Desk, Piece, stored_piece
 from upq.protocol import Options, Request
@@ -116,6 +124,7 @@ class Dispatcher:
         """Take over a configuration, at the start or on reload."""
         access = settings.access
         self.access = Access(access.read, access.submit, access.admin)
+        self._notify_allowed = access.notify
         self._max_queue = settings.listen.max_queue
 
     def count(self, acks: int, errs: int) -> None:
@@ -287,6 +296,21 @@ class Dispatcher:
             new.options["timeout_s"] = options.timeout_s
         if options.retries is not None:
             new.options["retries"] = options.retries
+        if options.notify or options.notify_fail or options.notify_success:
+            fail = self._targets("@notify_fail", options.notify, options.notify_fail)
+            success = self._targets("@notify_success", options.notify, options.notify_success)
+            new.options["notify"] = {"fail": fail, "success": success}
+
+    def _targets(self, option: str, *texts: str | None) -> list[str]:
+        """The targets that a submit names. Raises BadParams, Denied."""
+        found = [target for text in texts if text for target in split_targets(text)]
+        for target in found:
+            if not is_allowed(target, self._notify_allowed):
+                raise Denied(f"{option}: {shown_target(target)} is not in [access] notify")
+            parsed = parse_target(target)
+            if isinstance(parsed, Service) and (fault := service_fault(parsed.url)):
+                raise BadParams(f"{option}: {fault}")
+        return found
 
     def _set_queue(self, new: NewJob, kind: JobType, asked: str | None) -> None:
         new.queue = asked or kind.queue_for(new.params)

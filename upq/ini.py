@@ -145,7 +145,8 @@ class Ini:
         for key, item in (pair for section in sections for pair in section.items.items()):
             named = item.text and "passw" in key and not key.endswith("_file")
             in_url = re.search(r"://[^/@\s]*:[^@\s]+@", item.text)
-            if (named or in_url) and "${" not in item.text:
+            target = key.startswith("notify_") and re.search(r"://[^/\s]+/[^\s]", item.text)
+            if (named or in_url or target) and "${" not in item.text:
                 text = f"{key}: a password others can read (chmod 640, not {mode:o})"
                 self.warn(item.place, text)
                 return

@@ -12,16 +12,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from upq import spawn, when
+from upq import health, spawn, when
 from upq.access import Principals
 from upq.attempt import refused
 from upq.command import STDOUT, command_type
-from upq.config import JobSettings, Mail, PoolSettings, Settings
+from upq.config import JobSettings, Mail, PoolSettings, Settings, Webhook
 from upq.draws import Bounds, Level, Plan, Token
 from upq.errors import BadParams, Broken, Disabled, Refused, RequestError, UnknownCommand
 from upq.gates import Closed
 from upq.job import QUEUE, REPLACE, Job, Limits, NewJob
-from upq.notify import NOTIFY, secret_settings
+from upq.notify import NOTIFY, TARGET_URL, secret_settings
 from upq.params import ParamSpec, fill_key, names_in, queue_of, shown, suggest
 from upq.plugins import Desk, Loader, UpqJob, blame
 from upq.queue import Lane
@@ -59,6 +59,8 @@ class JobType:
 
     #: Whether its section sets limits to each of its jobs: `limits` says which.
     limited: bool = False
+    #: How it is told of, if not by each failure.
+    rules: health.Rules | None = None
 
     @property
     def queue(self) -> str:
@@ -182,7 +184,7 @@ class JobTypes:
         self._lifeline = lifeline
         #: Names of params that are never shown, whatever the type: a chain hands them on. Names of
         #: types that a reload has removed stay among them.
-        self.secret: frozenset[str] = frozenset()
+        self.secret: frozenset[str] = frozenset((TARGET_URL,))
         #: Replaced as a whole, never changed.
         self.by_name: dict[str, JobType] = {}
         self.configure(settings)
@@ -191,6 +193,7 @@ class JobTypes:
         """Load every type anew; running jobs keep the classes they have."""
         self._loader = Loader(Path(settings.paths.jobs_dir))
         self._mail = settings.mail
+        self._webhook = settings.webhook
         self._paths = settings.paths.others
         sections = dict(settings.jobs)
         if NOTIFY not in sections and self._loader.has(NOTIFY):
@@ -258,7 +261,7 @@ class JobTypes:
         name = cfg.name
         jobcfg = {**self._paths, **cfg.variables}
         if name == NOTIFY:
-            jobcfg |= mail_variables(self._mail)
+            jobcfg |= mail_variables(self._mail) | webhook_variables(self._webhook)
             if "retries" not in cfg.variables:
                 # For about four days.
                 cfg = replace(cfg, retries=100, retry_delay_s=15.0, retry_max_s=3600.0)
@@ -282,7 +285,14 @@ class JobTypes:
             self.secret,
             tuple(secret_settings({k: v for k, v in jobcfg.items() if k not in self._paths})),
             limited=limited,
+            rules=rules_of(cfg),
         )
+
+    def told_in_groups(self) -> list[health.Rules]:
+        """Of all types that have any, and somebody to deliver what they ask for."""
+        if self.by_name.get(NOTIFY) is None:
+            return []
+        return [kind.rules for kind in self.by_name.values() if kind.rules is not None]
 
     def _class_or_fault(self, cfg: JobSettings) -> tuple[type[UpqJob] | None, RequestError | None]:
         if not cfg.enabled:
@@ -445,6 +455,25 @@ def bounds_of(settings: Settings) -> dict[str, Bounds]:
         )
         for cfg in settings.jobs.values()
         if cfg.rate or cfg.needs
+    }
+
+
+def rules_of(cfg: JobSettings) -> health.Rules | None:
+    every, age, silence = (
+        round(seconds * 1e6)
+        for seconds in (cfg.notify_every_s, cfg.alert_queue_age_s, cfg.alert_no_success_s)
+    )
+    if cfg.notify_after == 1 and not (every or age or silence):
+        return None
+    return health.Rules(cfg.name, cfg.notify_fail, cfg.notify_after, every, age, silence)
+
+
+def webhook_variables(webhook: Webhook) -> dict[str, str]:
+    """[webhook] as `jobs/notify.py` reads it."""
+    return {
+        "webhook_secret": webhook.secret,
+        "webhook_allow": " ".join(map(str, webhook.allow)),
+        "webhook_timeout_s": str(webhook.timeout_s),
     }
 
 

@@ -15,11 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
-from upq import log, when
+from upq import log, webhook, when
 from upq.errors import BadParams
 from upq.gates import Free, Load, Window
 from upq.job import PRIORITIES
-from upq.notify import parse_target
+from upq.notify import parse_target, split_targets
 from upq.params import (
     BOOLEANS,
     ParamSpec,
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 NOT_YET = "not yet available in this version"
 
-_TARGETS = ("mail", "syslog", "retry", "retrywait")
+_TARGETS = ("mail", "syslog", "webhook", "retry", "retrywait")
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +170,22 @@ def _principals(text: str) -> tuple[str, ...]:
     return _list(text)
 
 
+def _target_patterns(text: str) -> tuple[str, ...]:
+    for word in split_targets(text):
+        if word != "*" and not re.match(
+            r"(mail|syslog|webhook)\b|[A-Za-z][A-Za-z0-9+.-]*://", word
+        ):
+            raise ValueError(f"{shown(word)} is no pattern of targets{suggest(word, _TARGETS[:3])}")
+    return tuple(split_targets(text))
+
+
+def _networks(text: str) -> tuple[webhook.Network, ...]:
+    try:
+        return webhook.networks(text)
+    except ValueError as error:
+        raise ValueError(f"{error}; networks are 10.0.0.0/8 or fd00::/8") from None
+
+
 def _exit_codes(text: str) -> tuple[int, ...]:
     return tuple(number(0, 255).read(code) for code in _list(text))
 
@@ -256,19 +272,19 @@ def _targets(text: str) -> tuple[str, ...]:
     The older spellings `mail a@x b@y` and `syslog daemon.err` become `mail:a@x,b@y` and so on.
     """
     found: list[str] = []
-    for word in _list(text):
-        kind, _, rest = word.partition(":")
+    for word in split_targets(text):
+        kind = word.partition(":")[0]
         last = found[-1] if found else ""
-        if rest.startswith("//"):
-            raise ValueError(f"{kind}:// notifications are {NOT_YET}")
-        if kind in _TARGETS:
+        if kind in _TARGETS or "://" in word:
             found.append(word)
         elif last.startswith("mail") and ("@" in word or last == "mail"):
             found[-1] = f"{last}{',' if ':' in last else ':'}{word}".replace(":,", ":")
         elif last == "syslog":
             found[-1] = f"syslog:{word}"
         else:
-            raise ValueError(f"{shown(word)} is no target{suggest(kind, _TARGETS)}")
+            # What stands behind a slash may be a secret.
+            text = shown(word) if "/" not in word else f"{shown(kind)}..."
+            raise ValueError(f"{text} is no target{suggest(kind, _TARGETS)}")
     for target in found:
         _check_target(target)
     return tuple(found)
@@ -373,6 +389,8 @@ ALLOWED: Kind[tuple[str, ...] | None] = Kind("users and @groups", _principals, N
 NODE_NAME = Kind("name", _node_name, os.uname().nodename)
 PRIORITY = Kind("name or whole number", _priority, 0)
 TARGETS: Kind[tuple[str, ...]] = Kind("targets", _targets, ())
+TARGET_PATTERNS: Kind[tuple[str, ...]] = Kind("patterns of targets", _target_patterns, ())
+NETWORKS: Kind[tuple[webhook.Network, ...]] = Kind("networks", _networks, ())
 NAMES: Kind[tuple[str, ...]] = Kind("names", _list, ())
 NAME_SET: Kind[frozenset[str]] = Kind("names", lambda text: frozenset(_list(text)), frozenset())
 PARAMS: Kind[ParamSpec | None] = Kind("parameters", ParamSpec.parse, None)

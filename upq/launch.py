@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.new_key:
             return new_key(args.new_key)
-        settings = load(args.config, args.logfile)
+        settings = load(args.config, args.logfile, thorough=args.check)
         if args.check:
             return check(settings)
         for warning in settings.warnings:
@@ -94,8 +94,8 @@ def find_config(path: str | None) -> Path:
     raise ConfigError([f"no configuration: -c FILE, UPQ_CONFIG or {', '.join(map(str, places))}"])
 
 
-def load(path: str | None, logfile: str | None) -> Settings:
-    settings = config.load(find_config(path))
+def load(path: str | None, logfile: str | None, *, thorough: bool = False) -> Settings:
+    settings = config.load(find_config(path), thorough=thorough)
     if logfile:
         logging_ = replace(settings.logging, logfile=str(Path(logfile).absolute()))
         settings = replace(settings, logging=logging_)

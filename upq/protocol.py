@@ -43,6 +43,11 @@ class Options(NamedTuple):
     expires_s: float | None = None
     #: Ids of jobs that have to be done before.
     after: tuple[int, ...] | None = None
+    #: Who is told of a success and of a failure of this job, too, as in upq.cfg.
+    notify_success: str | None = None
+    notify_fail: str | None = None
+    #: The same for both.
+    notify: str | None = None
 
 
 NO_OPTIONS = Options()
@@ -344,6 +349,10 @@ def _ids(value: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(_number, value if isinstance(value, list) else [value])))
 
 
+def _targets(value: Any) -> str:
+    return " ".join(map(_text, value)) if isinstance(value, list) and value else _text(value)
+
+
 def _state(value: Any) -> str:
     if value not in STATES:
         raise ValueError(f"one of {', '.join(STATES)} is needed")
@@ -366,6 +375,9 @@ _OPTIONS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "retries": ("retries", _number),
     "expires": ("expires_s", _duration),
     "after": ("after", _ids),
+    "notify": ("notify", _targets),
+    "notify_fail": ("notify_fail", _targets),
+    "notify_success": ("notify_success", _targets),
 }
 
 

@@ -22,6 +22,7 @@ from upq.db import Database
 from upq.draws import Draw, Plan, Spent
 from upq.errors import KeyTaken, NotFound, RequestError, Unavailable, WrongState
 from upq.events import Bus
+from upq.health import Rules, Wish
 from upq.job import (
     BLOCKED,
     CANCELLED,
@@ -38,6 +39,7 @@ from upq.job import (
     Outcome,
 )
 from upq.limits import KEPT, SHOWN_CHARS, kept, kept_text, turn_reason
+from upq.notify import NOTIFY
 from upq.record import (
     clean,
     crashes_of,
@@ -61,6 +63,10 @@ CRASH_LIMIT = 3
 LINE_CHARS = 59
 #: Job ids reserved at a time; what is left of a block is lost only by a crash.
 ID_BLOCK = 1000
+
+
+#: What a bad end that no attempt has made calls for: jobs, and what a type's health is to note.
+Follow = Callable[[Job], tuple[Sequence[NewJob], Wish | None]]
 
 
 class Lane(NamedTuple):
@@ -292,12 +298,19 @@ class Queue:
         self._know([made])
         return made
 
+    def take_ids(self, k: int) -> int | None:
+        """The first of k job ids in a row that are reserved already; None when there are none."""
+        with self._ids_lock:
+            if self._next_id + k > self._end_id:
+                return None
+            self._next_id += k
+            return self._next_id - k
+
     def reserve_ids(self, k: int) -> int:
         """The first of k job ids in a row."""
-        with self._ids_lock:
-            if self._next_id + k <= self._end_id:
-                self._next_id += k
-                return self._next_id - k
+        first = self.take_ids(k)
+        if first is not None:
+            return first
         size = max(k, ID_BLOCK)
         block = int(self._act(lambda batch: batch.numbers("job", size)))
         with self._ids_lock:
@@ -328,11 +341,12 @@ class Queue:
             # jobs of a line could wait for each other.
             self._skip_ids()
             first = self.reserve_ids(len(jobs))
-        made = [self._row(one, first + i, now) for i, one in enumerate(jobs)]
+        made = [self.row(one, first + i, now) for i, one in enumerate(jobs)]
         limits = [one.limits for one in jobs] if any(one.limits for one in jobs) else None
         return Submit(made, [one.after for one in jobs], jobs[0].submitter if jobs else "", limits)
 
-    def _row(self, new: NewJob, id: int, now: int) -> list[Any]:
+    def row(self, new: NewJob, id: int, now: int) -> list[Any]:
+        """A job as it is inserted."""
         queue = new.queue or new.type
         lane_id = self.lane(queue, new.type).id
         due = new.run_at if new.run_at is not None and new.run_at > now else None
@@ -386,11 +400,13 @@ class Queue:
         outcome: Outcome,
         then: Sequence[NewJob] = (),
         told: Callable[[bool], None] | None = None,
+        wish: Wish | None = None,
     ) -> None:
         """End one attempt, with what follows it, in one transaction; kept through any outage.
 
         Returns at once. `told` hears after the commit whether the claim was still ours; what a
-        lost claim has done is not written. Raises ValueError when the result is no JSON.
+        lost claim has done is not written. `wish` is for a type that is told of by its health.
+        Raises ValueError when the result is no JSON.
         """
         outcome.message, outcome.reason = clean(outcome.message), clean(outcome.reason)
         if outcome.output is not None:
@@ -409,6 +425,7 @@ class Queue:
                 None if outcome.progress is None else progress_text(outcome.progress),
                 self._change(then) if then else None,
                 told,
+                wish,
             )
         )
 
@@ -536,15 +553,17 @@ class Queue:
 
         return list(self._act(run))
 
-    def expire(self, then: Callable[[Job], Sequence[NewJob]]) -> set[int]:
+    def expire(self, then: Follow) -> set[int]:
         """End what has not started in time, with what `then` says for it. Returns its lanes."""
         rows = self._act(lambda batch: batch.tx.fetch(st.OVERDUE, now=batch.now))
-        overdue = [read_waiting(row) for row in rows]
-        follow = {one.id: self._change(jobs) for one in overdue if (jobs := list(then(one)))}
+        overdue = [read_waiting(row, self.vault) for row in rows]
+        after = {one.id: then(one) for one in overdue}
+        follow = {id: self._change(jobs) for id, (jobs, _) in after.items() if jobs}
 
         def run(batch: Batch) -> set[int]:
             ended = batch.limiter.expire(one.id for one in overdue)
             batch.insert([follow[id] for id, _ in ended if id in follow])
+            batch.note_health([wish for id, _ in ended if (wish := after[id][1]) is not None])
             return {lane_id for _, lane_id in ended}
 
         return set(self._act(run)) if overdue else set()
@@ -605,27 +624,32 @@ class Queue:
         self.released += len(lanes)
         return lanes
 
-    def rescue(self, dead: Sequence[Job], then: Callable[[Job], Sequence[NewJob]]) -> int:
+    def rescue(self, dead: Sequence[Job], then: Follow) -> int:
         """Put running jobs of dead owners back to the queue. Returns how many.
 
-        One that has killed its daemon CRASH_LIMIT times is failed, with what `then` says for it;
-        a parent that only waited is not blamed.
+        One that has killed its daemon CRASH_LIMIT times is failed, with what `then` says for it; a
+        parent that only waited is not blamed.
         """
         count = 0
         for start in range(0, len(dead), st.CHUNK):
             part = sorted(dead[start : start + st.CHUNK])
             over = [one for one in part if crashes_of(one) >= CRASH_LIMIT]
-            follow = [self._change(list(jobs)) for one in over if (jobs := then(one))]
-            count += self._act(self._rescue_of(part, follow))
+            after = [then(one) for one in over]
+            follow = [self._change(jobs) for jobs, _ in after if jobs]
+            wishes = [wish for _, wish in after if wish is not None]
+            count += self._act(self._rescue_of(part, follow, wishes))
             self.crashed += len(over)
         self.rescued += count
         return count
 
-    def _rescue_of(self, part: list[Job], follow: list[Submit]) -> Callable[[Batch], int]:
+    def _rescue_of(
+        self, part: list[Job], follow: list[Submit], wishes: list[Wish]
+    ) -> Callable[[Batch], int]:
         def run(batch: Batch) -> int:
             failed = self._requeue(batch, part, crashed=True)
             batch.insert(follow)
             batch.hold_dependents([(id, FAILED) for id in failed])
+            batch.note_health(wishes)
             return len(part)
 
         return run
@@ -654,6 +678,16 @@ class Queue:
             elif not crashed and one.attempt == 1:
                 batch.limiter.given_back(one.id, limits)
         return failed
+
+    def tend_health(self, rules: Sequence[Rules]) -> None:
+        """Tell what is due by the time alone; of several daemons one does."""
+        if not rules:
+            return
+        self.lane(NOTIFY, NOTIFY)
+        lanes: dict[str, list[int]] = {}
+        for one in self.lanes.values():
+            lanes.setdefault(one.type, []).append(one.id)
+        self._act(lambda batch: batch.tend_health(rules, lanes))
 
     def forget_nodes(self, owners: Iterable[str]) -> None:
         """Remove rows of dead incarnations, once their jobs are taken back."""

@@ -41,9 +41,9 @@ def read_claimed(
                submitter, None, "", None, created_at, started_at, None)  # fmt: skip
 
 
-def read_waiting(row: Sequence[Any]) -> Job:
+def read_waiting(row: Sequence[Any], vault: Vault) -> Job:
     """A job that has not started, from a row of CLAIMED."""
-    one = read_claimed(row, 0)
+    one = read_claimed(row, 0, vault=vault)
     return one._replace(state=QUEUED, attempt=one.attempt - 1, starts=one.starts - 1)
 
 

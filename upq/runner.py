@@ -15,6 +15,7 @@ from upq.attempt import AWAY, BROKEN, CRASHED, RETRY, TIMEOUT, UNFIT, Report, le
 from upq.db import one_line
 from upq.errors import BadParams, RequestError
 from upq.executor import Executor, Threads
+from upq.health import Wish
 from upq.interrupt import Abandoned
 from upq.job import CANCELLED, DONE, EXPIRED, FAILED, QUEUED, Job, NewJob, Outcome
 from upq.jobtypes import JobType, JobTypes
@@ -34,6 +35,8 @@ AWAY_WAIT_US = 5_000_000
 LOCKED_WAIT_US = 60_000_000
 #: Seconds between two tries to store an end.
 AWAY_RETRY_S = 0.5
+DIED = Outcome(FAILED, "the daemon died each time while it ran", reason="crashed")
+LATE = Outcome(EXPIRED, "it has not started in time")
 
 
 class Runner:
@@ -233,7 +236,13 @@ class Runner:
         if outcome.state == QUEUED:
             return []
         chain, asked = follow_up(plugin) if plugin else ([], [])
-        targets = notify.choose(outcome.state, kind.cfg.notify_success, kind.cfg.notify_fail, asked)
+        success, fail = kind.cfg.notify_success, kind.cfg.notify_fail
+        if more := job.options.get("notify"):
+            success, fail = (*success, *more["success"]), (*fail, *more["fail"])
+        in_groups = kind.rules is not None and kind.rules.in_groups
+        targets = notify.choose(outcome.state, success, fail, asked, in_groups=in_groups)
+        if in_groups and more and outcome.state in (FAILED, EXPIRED):
+            targets = list(dict.fromkeys((*targets, *more["fail"])))
         then = notify.follow(
             job,
             outcome,
@@ -252,23 +261,30 @@ class Runner:
         self._types.limit(then)
         return then
 
-    def crashed(self, job: Job) -> list[NewJob]:
+    def crashed(self, job: Job) -> tuple[list[NewJob], Wish | None]:
         """What the end of a job that has killed its daemon too often calls for."""
-        text = "the daemon died each time while it ran"
-        return self._after_bad_end(job, Outcome(FAILED, text, reason="crashed"))
+        return self._after_bad_end(job, DIED)
 
-    def expired(self, job: Job) -> list[NewJob]:
+    def expired(self, job: Job) -> tuple[list[NewJob], Wish | None]:
         """What the end of a job that has not started in time calls for."""
-        return self._after_bad_end(job, Outcome(EXPIRED, "it has not started in time"))
+        return self._after_bad_end(job, LATE)
 
-    def _after_bad_end(self, job: Job, outcome: Outcome) -> list[NewJob]:
+    def _after_bad_end(self, job: Job, outcome: Outcome) -> tuple[list[NewJob], Wish | None]:
         kind = self._types.by_name.get(job.type)
-        if kind is None:
-            return []
-        targets = kind.cfg.notify_fail
-        then = notify.follow(job, outcome, targets, self._types.secret, ended_at=when.now())
-        self._types.limit(then)
-        return then
+        then = self._then(job, kind, None, outcome) if kind else []
+        return then, self.wish(job, outcome)
+
+    def wish(self, job: Job, outcome: Outcome) -> Wish | None:
+        """What the type's health is to note of an end; None when nobody asks for it."""
+        kind = self._types.by_name.get(job.type)
+        rules = kind.rules if kind else None
+        good = outcome.state == DONE
+        if rules is None or outcome.state not in (DONE, FAILED, EXPIRED) or not rules.wants(good):
+            return None
+        self._queue.lane(notify.NOTIFY, notify.NOTIFY)  # made before the transaction that needs it
+        told = notify.describe(job, outcome, self._types.secret, ended_at=when.now(),
+                               jobcfg=kind.cfg.variables if kind else None)  # fmt: skip
+        return Wish(rules, good, told)
 
     def _end(self, job: Job, outcome: Outcome, then: list[NewJob], started_s: float) -> None:
         took_s = time.monotonic() - started_s
@@ -280,7 +296,8 @@ class Runner:
 
         while True:
             try:
-                self._queue.finish(job, outcome, then, told)
+                wish = self.wish(job, outcome)
+                self._queue.finish(job, outcome, then, told, wish)
                 return
             except RequestError as error:
                 # What follows needs ids from the database: the end waits in this thread for it.

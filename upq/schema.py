@@ -205,6 +205,12 @@ health = table(
     Column("done_at", Big),
     # One word for a group of failures, in all that is told of it.
     Column("thread", String(64), nullable=False),
+    # Since when it is watched; when the alerts that are not over were sent.
+    Column("known_at", Big, nullable=False),
+    Column("queue_alert_at", Big),
+    Column("silence_alert_at", Big),
+    # JSON: of the failures nobody was told of, times, ids and the latest message.
+    Column("latest", Long),
 )
 
 #: One row for each start of a daemon; `id` is its incarnation.

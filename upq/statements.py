@@ -19,11 +19,14 @@ from upq.sql import Sql, rows
 
 #: Rows that a chore changes in one transaction.
 CHUNK = 1000
+#: Jobs of one rank that are looked at for the oldest: children and retries may stand before it.
+OLDEST_LOOKS = 100
 
 job, event, lane, edge = schema.job, schema.event, schema.lane, schema.edge
 tally, counter, output, node = schema.tally, schema.counter, schema.output, schema.node
 limit = schema.limit
 slot = schema.slot
+health = schema.health
 
 SUBMITTED: dict[str, type] = {
     "id": int, "lane": int, "type": str, "queue": str, "ready": int, "rank": int, "ord": int,
@@ -499,6 +502,36 @@ GIVE_BACK_IDS = Sql(
     sa.update(counter)
     .values(n=big("first"))
     .where(counter.c.name == "job", counter.c.n == big("last"))
+)
+
+
+HEALTH = tuple(health.c)
+LOCK_HEALTH = Sql(sa.select(*HEALTH).where(health.c.type == word("type")).with_for_update())
+
+
+def add_health(dialect: str) -> ClauseElement:
+    """Another daemon may add the same row at the same moment."""
+    values: dict[str, Any] = {
+        "type": word("type"), "known_at": big("now"), "failures": 0, "untold": 0, "thread": "",
+    }  # fmt: skip
+    if dialect == "mysql":
+        return sa.insert(health).prefix_with("IGNORE").values(**values)
+    insert = postgresql.insert if dialect == "postgresql" else sqlite.insert
+    return insert(health).values(**values).on_conflict_do_nothing()
+
+
+ADD_HEALTH = Sql(add_health)
+SET_HEALTH = Sql(
+    sa.update(health)
+    .values({c: sa.bindparam(c.name, None, type_=c.type) for c in HEALTH if c.name != "type"})
+    .where(health.c.type == word("of"))
+)
+#: The first jobs of the next rank that can be claimed in a lane.
+OLDEST_OF_RANK = Sql(
+    sa.select(job.c.rank, job.c.created_at, job.c.run_at)
+    .where(job.c.ready == big("lane"), job.c.rank > big("above"))
+    .order_by(job.c.rank, job.c.ord, job.c.id)
+    .limit(OLDEST_LOOKS)
 )
 
 
