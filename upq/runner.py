@@ -63,11 +63,11 @@ class Runner:
         started_s = time.monotonic()
         with logs.job(job.type, job.id):
             kind = self._types.by_name.get(job.type)
-            if kind is not None and kind.hides:
-                self._run_hiding(job, kind, begun, started_s)
-                return
-            log.debug("starting")
             try:
+                if kind is not None and kind.hides:
+                    self._run_hiding(job, kind, begun, started_s)
+                    return
+                log.debug("starting")
                 outcome, then = self._guarded(job, begun)
             except Abandoned:
                 took_s = time.monotonic() - started_s
