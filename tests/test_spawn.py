@@ -115,10 +115,10 @@ def test_a_program_that_cannot_start_is_told_as_without_limits(
 
 
 def test_a_limit_that_cannot_be_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Limits, "facts", lambda _: ["cgroup=/no/such"])
+    monkeypatch.setattr(Limits, "facts", lambda _: ["fd=99:3"])
     done = shell("true")
     assert done.run() is False
-    assert done.msgstr == "cannot start sh: No such file or directory: cgroup"
+    assert done.msgstr == "cannot start sh: Bad file descriptor: fd"
 
 
 def test_commands_go_before_the_daemon_when_memory_is_short() -> None:

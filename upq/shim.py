@@ -39,10 +39,7 @@ def limit(name: str, soft: int) -> None:
 
 
 def take(name: str, value: str) -> None:
-    if name == "cgroup":
-        with open(f"{value}/cgroup.procs", "w") as procs:
-            procs.write("0")
-    elif name == "nice":
+    if name == "nice":
         os.setpriority(os.PRIO_PROCESS, 0, max(int(value), os.nice(0)))
     elif name == "fd":
         here, _, there = value.partition(":")
