@@ -112,7 +112,7 @@ def test_turns_cross_types_and_why_tells_of_them(daemon: Daemon) -> None:
     second, third = daemon.submit("other id:5"), daemon.submit("turn id:5")
     beside = daemon.submit("turn id:6")
     daemon.until_noted(f"start {beside}")
-    assert daemon.why(third) == f"it waits for its turn behind job {first} (key vm:5)"
+    assert f": its turn comes after that of job {first} (key vm:5);" in daemon.why(third)
     assert daemon.ask(f"show {second}")["why"] == daemon.why(second)
     assert (daemon.job(second)["state"], daemon.job(second)["reason"]) == (
         "queued", "waits for its turn: vm:5",

@@ -47,10 +47,10 @@ def test_a_queue_is_named_by_the_parameters_and_drained_in_order(url: str, folde
             "storage.fast.low", "storage.slow.default", "storage.new.high", "storage.x.default",
         ]  # fmt: skip
         busy = f"1 of 1 places of pool storage are busy (jobs {first})"
-        assert daemon.why(low) == f"{busy}, 3 jobs are ahead of it"
-        assert daemon.why(default) == f"{busy}, 1 jobs are ahead of it"
-        assert daemon.why(high) == f"{busy}, 0 jobs are ahead of it"
-        assert daemon.why(asked) == f"{busy}, 2 jobs are ahead of it"
+        assert daemon.why(low).endswith(f": {busy}; 3 jobs are ahead of it")
+        assert daemon.why(default).endswith(f": {busy}; 1 job is ahead of it")
+        assert daemon.why(high).endswith(f": {busy}; 0 jobs are ahead of it")
+        assert daemon.why(asked).endswith(f": {busy}; 2 jobs are ahead of it")
         daemon.open_gate()
         daemon.wait(low)
         assert daemon.ledger == ["first", "high", "default", "asked", "low"]
@@ -66,7 +66,7 @@ def test_the_verbs_know_named_queues(url: str, folder: Path) -> None:
         one = daemon.submit("note pool:a")
         other = daemon.submit("plain @queue:storage.a.low")
         assert daemon.job(other)["state"] == "blocked"
-        assert daemon.why(one) == "queue storage.a.low is paused, 0 jobs are ahead of it"
+        assert daemon.why(one).endswith(": queue storage.a.low is paused; 0 jobs are ahead of it")
         assert [j["id"] for j in daemon.ask("jobs queue:storage.a.low")["jobs"]] == [
             other,
             one,
@@ -155,11 +155,12 @@ def test_reload_adds_and_removes_pools_and_limits(folder: Path) -> None:
         assert daemon.ask("reload")["warnings"] == []
         until(lambda: len(daemon.ledger) == 4)
         busy = "3 of 3 places of pool p are busy"
-        assert daemon.why(ids[5]).startswith(busy)
+        assert busy in daemon.why(ids[5])
         daemon.configure("[tokens]\nt = 1\n[job hold]\nneeds = t\nconcurrent = 9\n")
         daemon.ask("reload")
-        until(lambda: daemon.why(ids[5]).startswith("it needs t:1, -3 of 1 are free"))
+        until(lambda: "it needs t:1, -3 of 1 are free" in daemon.why(ids[5]))
         daemon.configure("[job hold]\nneeds = t\n")
+        daemon.forgiven.append("not reloaded")
         assert "needs: no t in [tokens]" in daemon.say("reload")
         daemon.open_gate()
         for id in ids:
@@ -177,9 +178,9 @@ def test_a_closed_gate_is_told_and_opens(folder: Path) -> None:
         shut, full, other = (daemon.submit(f"{name} n:1") for name in ("shut", "full", "note"))
         assert [daemon.job(id)["state"] for id in (shut, full, other)] == ["blocked"] * 3
         opens = time.strftime("%Y-%m-%dT00:00:00", time.gmtime(time.time() + 3 * 86400))
-        assert daemon.why(shut).startswith(f"window {day} 00:00-24:00 UTC is closed until {opens}")
-        why = "disk /gone/away: No such file or directory, 0 jobs are ahead of it"
-        assert daemon.why(full) == why
+        assert f"window {day} 00:00-24:00 UTC is closed until {opens}" in daemon.why(shut)
+        why = "disk /gone/away: No such file or directory"
+        assert f": {why};" in daemon.why(full)
         assert "queue y is of pool y, which n1 does not serve" in daemon.why(other)
         reasons = {q["type"]: q["reason"] for q in daemon.ask("queues")["queues"]}
         assert reasons["full"] == "disk /gone/away: No such file or directory"

@@ -321,6 +321,7 @@ def test_what_no_index_has_is_looked_for_a_while_and_then_goes_on(
     mine = store.submit(submitter="anna")
     store.copy(store.submit(submitter="bert"), 3 * LOOK_ROWS)
     last = store.submit(submitter="anna")
+    monkeypatch.setattr("upq.views.LOOK_S", 60.0)
     assert ids(store.views.jobs([], submitter="anna")) == [last, mine]
     monkeypatch.setattr("upq.views.LOOK_S", 0.0)
     seen, before, pages = [], None, 0

@@ -457,7 +457,9 @@ class Dispatcher:
     def list_jobs(self, queue: str, limit: int) -> list[dict[str, Any]]:
         """What runs and waits in a queue."""
         lanes = self._lanes_of(queue)
-        running = self._views.jobs(self._queue.lanes, RUNNING, limit=limit, only=lanes)
+        running = self._views.page(
+            self._queue.lanes, Filter(RUNNING, None, frozenset(lanes)), limit
+        ).jobs
         waiting = [job for lane in lanes for job in self._views.next_jobs(lane, limit)]
         return (running + waiting)[:limit]
 
@@ -525,15 +527,14 @@ class Dispatcher:
         job = self._managed(args["id"], peer, "cancel")
         self._alone(args)
         token = self._queue.cancel(job["id"], peer.name)
-        self._ask_to_end(job["type"], token)
+        self._ask_to_end(self._queue.known_lane(job["queue"], job["type"]), token)
         log.info("(%s:%d) cancelled by %s", job["type"], job["id"], peer.name)
         return {"id": job["id"], "state": RUNNING if token else CANCELLED}
 
-    def _ask_to_end(self, type: str, token: int) -> None:
+    def _ask_to_end(self, lane: Lane | None, token: int) -> None:
         """Ask a job that runs here to end; a token of 0 is of none that runs."""
-        pool = self._claimer.pools.get(type)
-        if token and pool:
-            pool.cancel(token)
+        if token and lane is not None:
+            self._claimer.cancel(lane, token)
 
     def _retry(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
         if "id" not in args:
@@ -588,7 +589,7 @@ class Dispatcher:
             return self._queue.retry_many(ids, peer.name)
         tokens = self._queue.cancel_many(ids, peer.name)
         for one in jobs:
-            self._ask_to_end(one.type, tokens.get(one.id, 0))
+            self._ask_to_end(self._queue.lanes.get(one.lane), tokens.get(one.id, 0))
         return list(tokens)
 
     def _wait(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
@@ -668,7 +669,7 @@ class Dispatcher:
             told = ": ".join(filter(None, (own, job["message"]))) if own else ""
             yield f"it is not to start before {job['run_at']}{f' ({told})' if told else ''}"
         elif (turn := self._views.turn(job["id"])) is not None:
-            yield f"it waits for its turn behind job {turn.holder} (key {turn.key})"
+            yield f"its turn comes after that of job {turn.holder} (key {turn.key})"
         else:
             yield own
         if awaited:
