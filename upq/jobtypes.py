@@ -282,7 +282,8 @@ class JobTypes:
             MappingProxyType(jobcfg),
             submitters,
             params,
-            self.secret,
+            # Only notify jobs have a target's URL, so that no other type has to be searched for it.
+            self.secret if name == NOTIFY else self.secret - {TARGET_URL} | cfg.secret,
             tuple(secret_settings({k: v for k, v in jobcfg.items() if k not in self._paths})),
             limited=limited,
             rules=rules_of(cfg),
