@@ -22,7 +22,7 @@ run: $(CORE) ## the daemon in the foreground, with upq.cfg of this folder
 	$(PY) upq.py --foreground -c upq.cfg $(ARGS)
 
 test: $(DEV) need ## every test on SQLite, MariaDB and PostgreSQL
-	$(PY) -m pytest $(ARGS)
+	@tools/test.sh $(PY) $(ARGS)
 
 check: format lint types layers ## format, lint, types, floors, service unit
 

@@ -138,6 +138,7 @@ def test_the_audit_accepts_a_job_that_three_kills_have_met() -> None:
 # Trials -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_kill_9_loses_nothing(url: str, short_tmp: Path) -> None:
     kills = 25 if url.startswith("sqlite") else 10
     with Trial(Store(short_tmp, url)) as trial:
@@ -180,6 +181,7 @@ def survive_both(
             ended.result()
 
 
+@pytest.mark.alone
 def test_a_database_that_crashes_loses_nothing(
     postgres: Postgres, mariadb: MariaDB, short_tmp: Path
 ) -> None:
@@ -187,6 +189,7 @@ def test_a_database_that_crashes_loses_nothing(
     survive_both([postgres, mariadb], short_tmp, *[crash] * 5)
 
 
+@pytest.mark.alone
 def test_a_database_that_hangs_is_given_up_in_time(
     postgres: Postgres, mariadb: MariaDB, short_tmp: Path
 ) -> None:

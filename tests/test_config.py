@@ -925,6 +925,7 @@ def test_each_setting_is_described_on_one_line() -> None:
 # What it costs
 
 
+@pytest.mark.alone
 def test_fifty_job_types_load_in_twenty_milliseconds(
     load: Callable[..., Settings], write: Callable[..., None]
 ) -> None:

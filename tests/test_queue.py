@@ -1248,6 +1248,7 @@ TestModel = Model.TestCase
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_claim_past_200000_jobs_that_are_not_due_is_quick(url: str) -> None:
     # Twice, since somebody else may be busy on the machine.
     assert claims_past(url) <= 5 or claims_past(url) <= 5
@@ -1258,6 +1259,7 @@ FEW_ROWS_MS = 10
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_no_change_reads_the_whole_table(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     many = crowd(store)
     spent_ms = measured(monkeypatch)
@@ -1289,6 +1291,7 @@ def test_no_change_reads_the_whole_table(store: Store, monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_purge_reads_only_what_it_deletes(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     store.copy(crowd(store, 50_000).done, 3 * CHUNK)
     spent_ms = measured(monkeypatch)

@@ -136,6 +136,7 @@ def test_a_step_goes_on_where_the_last_one_stopped(store: Store) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_kept_rows_are_looked_at_once_and_no_statement_reads_more_than_its_page(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

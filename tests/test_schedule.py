@@ -444,6 +444,7 @@ def test_old_slots_go_but_the_last_ones(store: Store) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_no_statement_reads_more_than_a_few_slots(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

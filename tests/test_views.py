@@ -279,6 +279,7 @@ def test_many_threads_may_look_while_jobs_come(store: Store) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_nothing_that_is_asked_often_reads_the_whole_table(store: Store) -> None:
     many = crowd(store)
     ready = [store.submit() for _ in range(30)]
@@ -315,6 +316,7 @@ def test_nothing_that_is_asked_often_reads_the_whole_table(store: Store) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_what_no_index_has_is_looked_for_a_while_and_then_goes_on(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

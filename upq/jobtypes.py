@@ -8,6 +8,7 @@ import random
 import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -71,7 +72,7 @@ class JobType:
         """The queue of a job. Raises BadParams."""
         return queue_of(self.cfg.queue, params) if self.cfg.queue else self.name
 
-    @property
+    @cached_property
     def file(self) -> Path:
         """Where faults of its class are looked for."""
         module = sys.modules.get(self.cls.__module__) if self.cls else None
