@@ -9,20 +9,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psycopg
+import pymysql
 import pytest
 import sqlalchemy as sa
 
 from tests.proxy import Proxy
 from tests.servers import Postgres, PrivateServer
 from tests.stores import Store
-from upq import db
+from upq import db, statements
 from upq import writer as module
 from upq.batch import Act
 from upq.db import Database
 from upq.errors import RequestError, Unavailable, Uncertain
-from upq.job import DONE, NewJob, Outcome
+from upq.job import DONE, QUEUED, NewJob, Outcome
 from upq.sql import Sql, Tx
-from upq.writer import BATCH_BYTES, BATCH_CHANGES, DEADLOCKS, Replay, Writer
+from upq.writer import BATCH_BYTES, BATCH_CHANGES, DEADLOCKS, Replay, Writer, code_of
 
 
 @dataclass(eq=False)
@@ -362,6 +364,79 @@ def test_two_that_really_lock_each_other_both_succeed(
         assert in_threads([cross(one, *ids), cross(two, *ids[::-1])]) == [None, None]
         assert [one.row(id).starts for id in ids] == [2, 2]
         assert one.queue.writer.retried + two.queue.writer.retried == 1
+
+
+def test_the_code_of_an_error_is_what_its_driver_calls_it() -> None:
+    """pymysql has a sqlstate besides, since 1.2: HY000 and 23000 stand for many errors."""
+    error = pymysql.err.IntegrityError(1062, "Duplicate entry")
+    error.sqlstate = "23000"
+    assert code_of(error) == 1062
+    assert code_of(Deadlock("locked")) == "40001"
+    with pytest.raises(sqlite3.Error) as caught:
+        sqlite3.connect(":memory:").execute("nonsense")
+    assert code_of(caught.value) == 1
+    assert code_of(psycopg.errors.UniqueViolation("duplicate")) == "23505"
+
+
+@pytest.mark.parametrize("kind", ["mariadb", "postgres"])
+def test_a_lock_that_is_held_for_too_long_is_no_outage(
+    request: pytest.FixtureRequest, kind: str
+) -> None:
+    with request.getfixturevalue(kind).database() as url, Store(url) as one, Store(url) as two:
+        id, tries = one.submit(), list[int]()
+        held, over = threading.Event(), threading.Event()
+        touch = f"UPDATE upq_job SET starts = starts + 1 WHERE id = {id}"
+
+        def hold(batch: Any) -> None:
+            batch.tx.cursor.execute(touch)
+            held.set()
+            over.wait(20)
+
+        def meet(batch: Any) -> None:
+            tries.append(1)
+            if len(tries) > 1:
+                over.set()
+            name = "innodb_lock_wait_timeout = 1" if kind == "mariadb" else "lock_timeout = 500"
+            batch.tx.cursor.execute(f"SET SESSION {name}")
+            batch.tx.cursor.execute(touch)
+
+        with ThreadPoolExecutor() as pool:
+            holding = pool.submit(one.queue.writer.run, [Act(hold)])
+            assert held.wait(10)
+            assert two.queue.writer.run([Act(meet)]) == [None]
+            assert holding.result(20) == [None]
+        assert two.queue.writer.retried >= 1
+        assert not two.queue.writer.trouble
+        assert one.row(id).starts == 2
+
+
+@pytest.mark.parametrize("kind", ["mariadb", "postgres"])
+def test_a_submit_that_is_tried_again_looks_anew_at_what_it_waits_for(
+    request: pytest.FixtureRequest, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with request.getfixturevalue(kind).database() as url, Store(url) as one, Store(url) as two:
+        deadlock = {
+            "mariadb": pymysql.err.OperationalError(1213, "Deadlock found"),
+            "postgres": psycopg.errors.DeadlockDetected("deadlock detected"),
+        }
+        first, tries = one.submit(), list[int]()
+        claimed = one.claim_one()
+        rows = Tx.run_rows
+
+        def run_rows(tx: Tx, sql: Sql, values: Any, **params: Any) -> int:
+            if sql is statements.INSERT_EDGES and not tries:
+                tries.append(1)
+                raise deadlock[kind]
+            if sql is statements.STATES_OF and tries:
+                monkeypatch.undo()
+                one.queue.finish(claimed, Outcome(DONE))
+                one.flush()
+            return rows(tx, sql, values, **params)
+
+        monkeypatch.setattr(Tx, "run_rows", run_rows)
+        after = two.submit(after=(first,))
+        assert (one.row(after).state, one.row(after).waits) == (QUEUED, 0)
+        assert one.claim_one().id == after
 
 
 # The database goes away

@@ -292,6 +292,10 @@ class Batch:
         fresh: list[list[Any]] = []
         edges: list[tuple[int, int]] = []
         for one in submits:
+            if fresh and one.limits is not None and one.rows[0][st.AT["child_key"]] is not None:
+                # Its check looks at who waits for whom, in the tables.
+                self._store(fresh, edges)
+                fresh, edges = [], []
             try:
                 accepted, new, new_edges = self._accept(one, known)
             except RequestError as error:
@@ -386,6 +390,8 @@ class Batch:
                 if unique:
                     own[unique] = (row[0], "")
             if after:
+                # A copy: should this be rolled back, it starts again from what was asked for.
+                row = list(row)
                 edges += self._wait_for(row, after)
             if key:
                 own[key] = (row[0], row[st.AT["params"]])

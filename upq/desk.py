@@ -193,6 +193,7 @@ class JobDesk:
                         self._queue.retry(id, job.submitter)
                     except KeyTaken as taken:
                         id = taken.holder
+                        self._queue.check_repeat(job.id, id)
                 return JobChild(self, parent, id, jobname)
         new = NewJob(jobname, params, queue, submitter=job.submitter, parent=job.id, root=job.root,
                      child_key=key)  # fmt: skip

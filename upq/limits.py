@@ -22,6 +22,8 @@ from upq.sql import Tx
 
 #: The name under which a job's `options` keep what is left of its limits.
 KEPT = "limits"
+#: Jobs that are looked at to find out who waits for a child's parent.
+WALK = 1000
 #: Characters of a serial key that are kept to be shown.
 SHOWN_CHARS = 200
 
@@ -91,21 +93,65 @@ class Limiter:
 
     def check_child(self, row: list[Any], found: tuple[int, str] | None) -> None:
         """Refuse a child that would wait for one that waits for it: the parent and those above."""
-        above = row[st.AT["parent"]]
-        key = row[st.AT["serial_key"]]
-        while above is not None:
-            ((parent, state, turn),) = self._tx.fetch(st.ABOVE, id=above) or [(None, "", None)]
-            if state not in FINAL:
-                if found is not None and (found[0] == above or (turn and found[1] == turn)):
+        parent, key = row[st.AT["parent"]], row[st.AT["serial_key"]]
+        if found is not None:
+            self.check_repeat(parent, *found)
+        elif key is not None:
+            above = self._above(parent)
+            for id, (_, turn) in above.items():
+                if key == turn:
                     raise WrongState(
-                        f"job {found[0]} is what this child repeats (unique), and it would wait"
-                        f" for job {above}, which waits for it"
+                        f"job {id} above this child has the turn that the child needs (serial)"
                     )
-                if found is None and turn and key == turn:
+            for id, (one, state, turn) in self._wait_for(above).items():
+                if key == turn and (id < row[0] or state == RUNNING):
                     raise WrongState(
-                        f"job {above} above this child has the turn that the child needs (serial)"
+                        f"job {id} goes before this child (serial), and it waits for job {one},"
+                        " which waits for the child"
                     )
-            above = parent
+
+    def check_repeat(self, parent: int | None, holder: int, turn: str = "") -> None:
+        """Refuse a child that is another job when that waits for the parent or for one above."""
+        above = self._above(parent)
+        for id, (_, key) in above.items():
+            if holder == id or (turn and turn == key):
+                raise WrongState(
+                    f"job {holder} is what this child repeats (unique), and it would wait"
+                    f" for job {id}, which waits for it"
+                )
+        waits = self._wait_for(above)
+        if holder in waits:
+            raise WrongState(
+                f"job {holder} is what this child repeats (unique), and it waits for job"
+                f" {waits[holder][0]}, which waits for the child"
+            )
+
+    def _above(self, parent: int | None) -> dict[int, tuple[str, str | None]]:
+        """State and serial key of a child's parent and of those above that are not finished."""
+        above = {}
+        while parent is not None:
+            id = parent
+            ((parent, state, turn),) = self._tx.fetch(st.ABOVE, id=id) or [(None, "", None)]
+            if state and state not in FINAL:
+                above[id] = (state, turn)
+        return above
+
+    def _wait_for(
+        self, above: dict[int, tuple[str, str | None]]
+    ) -> dict[int, tuple[int, str, str | None]]:
+        """Who waits for these jobs, also through others: which one, the state, the serial key.
+
+        It looks at some WALK jobs. What a running job waits for is told nowhere, but that it waits
+        for its children: two that repeat each other's parents are not found.
+        """
+        found = {id: (id, *one) for id, one in above.items()}
+        latest = sorted((id,) for id in above)
+        while latest and len(found) < WALK:
+            rows = self._tx.fetch_rows(st.WHO_WAITS, latest)
+            new = {id: (found[of][0], state, key) for of, id, state, key in rows if id not in found}
+            found |= new
+            latest = sorted((id,) for id in new)
+        return {id: one for id, one in found.items() if id not in above}
 
     def admit(self, row: list[Any], limits: Limits, before: Counter[str]) -> None:
         """Hold a new job to max_queue and when_busy. Raises Busy.

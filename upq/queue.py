@@ -470,6 +470,10 @@ class Queue:
         self._act(lambda batch: self._retry(batch, [id], who, alone=True))
         self.asked_again += 1
 
+    def check_repeat(self, parent: int, holder: int) -> None:
+        """Raises WrongState when a child of `parent` cannot be this job, which waits for it."""
+        self._act(lambda batch: batch.limiter.check_repeat(parent, holder))
+
     def retry_many(self, ids: Sequence[int], who: str) -> list[int]:
         """The same for at most CHUNK jobs; left out are those that are queued again meanwhile."""
         changed = list(self._act(lambda batch: self._retry(batch, ids, who)))

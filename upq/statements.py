@@ -617,6 +617,29 @@ def heads(dialect: str) -> ClauseElement:
     ).where(job.c.id == r.c.id)
 
 
+def who_waits(dialect: str) -> ClauseElement:
+    """Who waits for these unfinished jobs: by `@after`, as their parent, or behind them in a line.
+
+    Each with the job it waits for.
+    """
+    r = over_ids(dialect)
+    that = job.alias("that")
+    found = sa.select(r.c.id.label("of"), job.c.id, job.c.state, job.c.serial_key)
+    after = found.where(edge.c.needs == r.c.id, job.c.id == edge.c.job)
+    above = found.where(
+        that.c.id == r.c.id, that.c.child_key.is_not(None), job.c.id == that.c.parent
+    )
+    behind = found.where(
+        that.c.id == r.c.id,
+        job.c.serial_key == that.c.serial_key,
+        job.c.id != that.c.id,
+        sa.or_(job.c.id > that.c.id, that.c.state == RUNNING),
+    )
+    unfinished = job.c.state.in_([QUEUED, BLOCKED, RUNNING])
+    parts = [part.where(unfinished) for part in (after, above, behind)]
+    return sa.union_all(*parts).limit(CHUNK)
+
+
 def give_turns(dialect: str) -> ClauseElement:
     r = rows(dialect, id=int, ready=int, due_at=int)
     values = {job.c.ready: r.c.ready, job.c.due_at: r.c.due_at, job.c.reason: ""}
@@ -682,6 +705,7 @@ TALLY_OF = Sql(
     )
 )
 ABOVE = Sql(sa.select(job.c.parent, job.c.state, job.c.serial_key).where(job.c.id == big("id")))
+WHO_WAITS = Sql(who_waits)
 WAITING_IN_LINE = Sql(
     sa.select(job.c.id).where(job.c.serial_key == word("key"), job.c.state.in_([QUEUED, BLOCKED]))
 )

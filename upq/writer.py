@@ -414,6 +414,12 @@ class Writer:
 
 
 def code_of(error: BaseException) -> Any:
-    """What the driver calls the error: psycopg's sqlstate, sqlite3's or pymysql's number."""
+    """What the driver calls the error: pymysql's number, psycopg's sqlstate, sqlite3's number.
+
+    pymysql's own sqlstate, which it has since 1.2, is one for many errors: 1062 is 23000 there, and
+    1205 is HY000.
+    """
     first = error.args[0] if error.args else None
+    if isinstance(first, int):
+        return first
     return getattr(error, "sqlstate", None) or getattr(error, "sqlite_errorcode", None) or first
