@@ -228,7 +228,7 @@ class Dispatcher:
         except RequestError as error:
             log.warning("%s: %s", who, error)
         new.run_at = at + round((request.options.in_s or 0) * 1e6)
-        self._types.limit([new])
+        self._types.limit([new], request.options.expires_s)
         return new
 
     def _store(self, new: list[list[NewJob]]) -> list[Any]:
@@ -525,15 +525,10 @@ class Dispatcher:
         job = self._managed(args["id"], peer, "cancel")
         self._alone(args)
         token = self._queue.cancel(job["id"], peer.name)
-        self._ask_to_end(job["type"], token)
+        if token:
+            self._claimer.cancel(self._queue.lane(job["queue"], job["type"]), token)
         log.info("(%s:%d) cancelled by %s", job["type"], job["id"], peer.name)
         return {"id": job["id"], "state": RUNNING if token else CANCELLED}
-
-    def _ask_to_end(self, type: str, token: int) -> None:
-        """Ask a job that runs here to end; a token of 0 is of none that runs."""
-        pool = self._claimer.pools.get(type)
-        if token and pool:
-            pool.cancel(token)
 
     def _retry(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
         if "id" not in args:
@@ -588,7 +583,9 @@ class Dispatcher:
             return self._queue.retry_many(ids, peer.name)
         tokens = self._queue.cancel_many(ids, peer.name)
         for one in jobs:
-            self._ask_to_end(one.type, tokens.get(one.id, 0))
+            token, lane = tokens.get(one.id, 0), self._queue.lanes.get(one.lane)
+            if token and lane:
+                self._claimer.cancel(lane, token)
         return list(tokens)
 
     def _wait(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
