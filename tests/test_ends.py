@@ -365,7 +365,7 @@ def test_what_was_cancelled_at_the_last_moment_is_not_tried_again(
     id, other = store.submit(), store.submit()
     one, two = store.claim(2)
     assert store.queue.cancel(id, "alice") == one.token
-    assert store.queue.asked_to_end() == [("hash", one.token)]
+    assert store.queue.asked_to_end() == [(one.lane, one.token)]
     for job in (one, two):
         store.queue.finish(job, Outcome(**{f: getattr(outcome, f) for f in outcome.__slots__}))
     store.flush()

@@ -861,3 +861,16 @@ def test_a_follow_up_that_repeats_a_job_is_not_queued_twice(store: Store) -> Non
     assert [one.id for one in store.claim(9, "reverify")] == [first]
     assert len(store.claim(9, "notify")) == 1
     assert store.views.job(first)["state"] == RUNNING and BLOCKED not in dict(tallied(store))
+
+
+def test_of_failed_jobs_with_one_key_only_the_first_is_retried_with_many(store: Store) -> None:
+    first, second = (submit_and_fail(store, UNIQUE) for _ in range(2))
+    assert store.queue.retry_many([first, second], "root") == [first]
+    assert [store.row(id).state for id in (first, second)] == [QUEUED, FAILED]
+    assert store.submit(limits=UNIQUE) == first
+
+
+def submit_and_fail(store: Store, limits: Limits) -> int:
+    id = store.submit(limits=limits)
+    end(store, store.claim_one(), FAILED)
+    return id

@@ -272,3 +272,30 @@ def test_two_daemons_share_a_rate_and_say_so(pair: tuple[str, list[Daemon]]) -> 
     assert most_within(starts, 1_000_000) <= 50 + 10
     assert 500 * 0.9 <= len(inside) <= 510
     assert nodes == {"n1", "n2"}
+
+
+STUBBORN = """
+def run(self):
+    note("start", self.jobid)
+    gate("never", lambda: self.cancelled)
+    return not self.cancelled
+"""
+
+
+def test_what_runs_in_a_pool_ends_when_it_is_cancelled(folder: Path, url: str) -> None:
+    config = """
+[pool storage]
+queues = storage.*
+concurrent = 3
+[job hold]
+queue = storage.{name}
+params = name
+"""
+    with Daemon(folder, config, url, hold=STUBBORN) as daemon:
+        ids = [daemon.submit(f"hold name:{name}") for name in "abc"]
+        for id in ids:
+            daemon.until_noted(f"start {id}")
+        daemon.ask(f"cancel {ids[0]}")
+        assert daemon.wait(ids[0])["state"] == "cancelled"
+        assert daemon.ask("cancel type:hold")["n"] == 2
+        assert [daemon.wait(id)["state"] for id in ids[1:]] == ["cancelled"] * 2

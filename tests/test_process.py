@@ -16,6 +16,7 @@ import pytest
 
 from tests.daemons import Daemon, until
 from tests.servers import short_folder
+from upq import vault
 from upq.child import Lines
 from upq.process import ending
 
@@ -344,3 +345,16 @@ def test_lines_come_whole_however_they_are_cut() -> None:
 )
 def test_how_a_process_ended_is_told(code: int, text: str) -> None:
     assert ending(code) == text
+
+
+def test_progress_of_a_child_tells_no_secret(short_tmp: Path) -> None:
+    folder = short_tmp
+    vault.add_key(str(folder / "keys"))
+    config = "[db]\nkey_file = keys\n[job tells]\nexecutor = process\nsecret = word\n"
+    body = "def run(self):\n    self.progress(1, 2, 'with ' + self.jobdata['word'])"
+    with Daemon(folder, config, tells=body) as daemon:
+        job = daemon.run("tells word:sesame-open")
+        assert job["state"] == "done" and job["progress"]["text"] == "with ***"
+        daemon.end()
+        stored = b"".join(one.read_bytes() for one in (folder / "state").iterdir())
+        assert b"with ***" in stored and b"sesame" not in stored

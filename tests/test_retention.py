@@ -13,6 +13,7 @@ from tests.test_queue import FEW_ROWS_MS, measured
 from upq import schema, when
 from upq.config import Db, JobSettings, Settings
 from upq.job import CANCELLED, DONE, EXPIRED, FAILED, Outcome, Output
+from upq.kinds import Unique
 from upq.retention import Retention, kept_s
 from upq.statements import CHUNK
 
@@ -157,3 +158,11 @@ def test_kept_rows_are_looked_at_once_and_no_statement_reads_more_than_its_page(
         step(made)
     assert set(spent_ms) <= {"ENDED_ALIKE", "ENDED_LATER"}
     assert {name: ms for name, ms in spent_ms.items() if ms > FEW_ROWS_MS} == {}
+
+
+def test_what_is_unique_for_a_time_stays_so_long() -> None:
+    db = Db(keep_done_s=10, keep_failed_s=200)
+    job = JobSettings("hash", keep_s=5, unique=Unique(None, for_s=100.0))
+    assert [kept_s(job, db, state) for state in (DONE, FAILED)] == [100, 100]
+    usual = JobSettings("hash", unique=Unique(None, for_s=100.0))
+    assert [kept_s(usual, db, state) for state in (DONE, FAILED)] == [100, 200]

@@ -106,6 +106,17 @@ def test_jobs_of_a_type_that_cannot_run_wait(daemon: Daemon) -> None:
         daemon.wait(waiting[0]["id"])
 
 
+def test_a_job_that_is_late_for_its_schedule_expires(daemon: Daemon) -> None:
+    daemon.configure("[job echo]\n[schedule tick]\nline = echo @expires:1s\nevery = 1s\n")
+    with daemon:
+        until(lambda: daemon.ask("queues")["queues"])
+        daemon.ask("pause echo")
+        late = until(lambda: daemon.ask("jobs type:echo state:expired")["jobs"])
+        assert late[0]["submitter"] == "schedule tick"
+    daemon.configure("[job echo]\n[schedule tick]\nline = echo @in:2s @expires:1s\nevery = 1s\n")
+    assert ": line: @expires: that is before" in daemon.attempt("--check").stderr
+
+
 def test_what_a_schedule_has_wrong_is_told_by_the_check(daemon: Daemon) -> None:
     daemon.add_job("lister", "queued = False")
     daemon.configure("[job lister]\nschedule = @daily\n")

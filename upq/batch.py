@@ -258,6 +258,8 @@ class Batch:
         if changed:
             self.tx.run_rows(st.CHANGE_TALLY, changed)
         self.tally.clear()
+        if self._limiter is not None:
+            self._limiter.recount()
 
     def numbers(self, name: str, k: int) -> int:
         """The first of k new numbers of a counter."""

@@ -291,9 +291,9 @@ class Claimer:
             # a job.
             self._looked_s = self.ticked_s
             queue.refresh()
-            for type, token in queue.asked_to_end():
-                if (pool := self.pools.get(type)) is not None:
-                    pool.cancel(token)
+            for lane_id, token in queue.asked_to_end():
+                if (lane := queue.lanes.get(lane_id)) is not None:
+                    self.cancel(lane, token)
             unheard = True
         if self._may_have_strays():
             # A commit that only seemed to fail has told nobody, either.

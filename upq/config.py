@@ -986,6 +986,9 @@ def _request(made: ScheduleSettings, place: Place, key: str, ini: Ini) -> Reques
         if getattr(request.options, option) is not None:
             spelt = "@at" if option == "run_at" else f"@{option}"
             ini.fault(place, f"{key}: {spelt}: has no meaning for a job that comes again")
+    options = request.options
+    if options.expires_s and options.in_s and options.in_s >= options.expires_s:
+        ini.fault(place, f"{key}: @expires: that is before the job may start (@in)")
     return request
 
 

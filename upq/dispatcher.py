@@ -228,7 +228,7 @@ class Dispatcher:
         except RequestError as error:
             log.warning("%s: %s", who, error)
         new.run_at = at + round((request.options.in_s or 0) * 1e6)
-        self._types.limit([new])
+        self._types.limit([new], request.options.expires_s)
         return new
 
     def _store(self, new: list[list[NewJob]]) -> list[Any]:
@@ -527,14 +527,10 @@ class Dispatcher:
         job = self._managed(args["id"], peer, "cancel")
         self._alone(args)
         token = self._queue.cancel(job["id"], peer.name)
-        self._ask_to_end(self._queue.known_lane(job["queue"], job["type"]), token)
+        if token:
+            self._claimer.cancel(self._queue.lane(job["queue"], job["type"]), token)
         log.info("(%s:%d) cancelled by %s", job["type"], job["id"], peer.name)
         return {"id": job["id"], "state": RUNNING if token else CANCELLED}
-
-    def _ask_to_end(self, lane: Lane | None, token: int) -> None:
-        """Ask a job that runs here to end; a token of 0 is of none that runs."""
-        if token and lane is not None:
-            self._claimer.cancel(lane, token)
 
     def _retry(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
         if "id" not in args:
@@ -589,7 +585,9 @@ class Dispatcher:
             return self._queue.retry_many(ids, peer.name)
         tokens = self._queue.cancel_many(ids, peer.name)
         for one in jobs:
-            self._ask_to_end(self._queue.lanes.get(one.lane), tokens.get(one.id, 0))
+            token, lane = tokens.get(one.id, 0), self._queue.lanes.get(one.lane)
+            if token and lane:
+                self._claimer.cancel(lane, token)
         return list(tokens)
 
     def _wait(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:

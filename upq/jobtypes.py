@@ -238,17 +238,17 @@ class JobTypes:
         kind = self.by_name.get(name)
         return kind.cfg.priority if kind else 0
 
-    def limit(self, new: list[NewJob]) -> None:
-        """Hold jobs that an end calls for to the limits of their types.
+    def limit(self, new: list[NewJob], expires_s: float | None = None) -> None:
+        """Hold jobs that an end or a schedule calls for to the limits of their types.
 
         They are not refused, whatever waits already: the end would lose what follows it. One that
-        lacks what `serial` asks for fails when it runs.
+        lacks what `serial` asks for fails when it runs. expires_s: from `@expires:` of a schedule.
         """
         for one in new:
             kind = self.by_name.get(one.type)
-            if kind is not None and kind.limited:
+            if kind is not None and (kind.limited or expires_s is not None):
                 try:
-                    limits = kind.limits(one.params, one.run_at)
+                    limits = kind.limits(one.params, one.run_at, expires_s)
                 except BadParams:
                     continue
                 busy = REPLACE if limits.when_busy == REPLACE else QUEUE

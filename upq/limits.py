@@ -69,7 +69,7 @@ class Limiter:
         self._came: dict[int, int] = {}
         # Those of jobs that were accepted here and are not inserted yet.
         self._new_keys: set[str] = set()
-        # What each type had in each lane and state before this batch.
+        # What each type has in each lane and state, but for what the batch has not written yet.
         self._counts: dict[str, dict[tuple[int, str], int]] = {}
 
     # Submits
@@ -196,6 +196,10 @@ class Limiter:
             known = self._counts[type] = {(lane, state): n for lane, state, n in rows}
         changed = self._batch.tally
         return sum(n + changed[place] for place, n in known.items() if place[1] in states)
+
+    def recount(self) -> None:
+        """The batch has written its counts: those known before do not hold any more."""
+        self._counts.clear()
 
     def waiting(self, type: str, key: str | None) -> set[int]:
         """What has not started, of a serial key or else of a type."""

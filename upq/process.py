@@ -30,6 +30,7 @@ from upq.job import DONE
 from upq.jobtypes import JobType
 from upq.keeper import ASK_S, GRACE_S
 from upq.plugins import Child, Desk, UpqJob
+from upq.secret import scrub
 from upq.trees import TOKEN, Lifeline, end_orphans
 
 log = logging.getLogger(__name__)
@@ -238,8 +239,13 @@ class ProcessJob(UpqJob):
         if end == DONE:
             self._chain = message["chain"]
         self._notify_asked = message.get("notify", [])
-        self.last_progress = message.get("shown") or self.last_progress
+        if shown := message.get("shown"):
+            self.last_progress = self._told(shown)
         return Report(end, text, result, after_s)
+
+    def _told(self, progress: dict[str, Any]) -> dict[str, Any]:
+        """What the child says of its progress, without secrets: it does not know them."""
+        return {**progress, "text": scrub(str(progress.get("text", "")), self.hidden)}
 
     def _heed(self, message: dict[str, Any], lines: Lines) -> None:
         if "output" in message:
@@ -247,8 +253,8 @@ class ProcessJob(UpqJob):
         elif "log" in message:
             self._log(*message["log"])
         elif "progress" in message:
-            self.last_progress = message["progress"]
-            self._need_desk().progress(self, message["progress"])
+            self.last_progress = self._told(message["progress"])
+            self._need_desk().progress(self, self.last_progress)
         else:
             lines.send(self._answer(message["ask"], message["args"]))
 

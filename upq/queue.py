@@ -486,12 +486,19 @@ class Queue:
         refusal = "{state}: only what has ended badly can be retried" if alone else ""
         found = these_jobs(batch, ids, lambda s: s in FINAL and s != DONE, refusal)
         changed = []
+        # What is given its key here has ended still, for those who look.
+        taken: set[str] = set()
         for id, state, lane_id, _, waits, _, options in found:
             limits = kept_text(options)
+            unique = limits.get("unique", "")
+            if unique in taken:
+                continue
             if limits and (holder := batch.limiter.again(id, limits)) is not None:
                 if alone:
                     raise KeyTaken(id, holder)
                 continue
+            if unique:
+                taken.add(unique)
             new = BLOCKED if waits else QUEUED
             reason = "waits for earlier jobs" if waits else ""
             ready = None if waits else lane_id
@@ -539,10 +546,10 @@ class Queue:
         lanes = self._act(lambda batch: batch.tx.fetch(st.LANES))
         self._know(read_lane(*row) for row in lanes)
 
-    def asked_to_end(self) -> list[tuple[str, int]]:
-        """Running jobs of this daemon that were cancelled, maybe by way of another: type, token."""
+    def asked_to_end(self) -> list[tuple[int, int]]:
+        """Running jobs of this daemon that were cancelled, maybe by way of another: lane, token."""
         rows = self._act(lambda batch: batch.tx.fetch(st.ASKED_TO_END, owner=self.owner))
-        return [(type, token) for type, token in rows]
+        return [(lane_id, token) for lane_id, token in rows]
 
     def stage(self) -> list[int]:
         """Make claimable what has become due, at most CHUNK a transaction. Returns its lanes."""

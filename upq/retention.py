@@ -62,13 +62,16 @@ class Retention:
 
 
 def kept_s(job: JobSettings | None, db: Db, state: str) -> float:
-    """How long jobs of a type are kept in a final state; of a type that is gone, too."""
-    if job is not None:
-        own = job.keep_done_s if state == DONE else job.keep_failed_s
-        for keep_s in (own, job.keep_s):
-            if keep_s is not None:
-                return keep_s
-    return db.keep_done_s if state == DONE else db.keep_failed_s
+    """How long jobs of a type are kept in a final state; of a type that is gone, too.
+
+    Not less than they are unique for: the row is what a repeated submit meets.
+    """
+    usual_s = db.keep_done_s if state == DONE else db.keep_failed_s
+    if job is None:
+        return usual_s
+    own = job.keep_done_s if state == DONE else job.keep_failed_s
+    said = next((keep_s for keep_s in (own, job.keep_s) if keep_s is not None), usual_s)
+    return max(said, job.unique.for_s if job.unique is not None else 0.0)
 
 
 def member(own: Mapping[str, float], usual_s: float, keep_s: float) -> Callable[[str], bool]:

@@ -415,7 +415,7 @@ OWN_END = Sql(sa.select(job.c.state).where(job.c.id == big("id"), job.c.token ==
 COUNT_CRASH = Sql(sa.update(job).values(crashes=job.c.crashes + 1).where(job.c.id == big("id")))
 #: What this daemon runs that somebody wants to end.
 ASKED_TO_END = Sql(
-    sa.select(job.c.type, job.c.token).where(
+    sa.select(job.c.lane, job.c.token).where(
         job.c.state == RUNNING, job.c.owner == word("owner"), job.c.cancel_asked == 1
     )
 )

@@ -83,9 +83,8 @@ class Found(NamedTuple):
     """A job that many are changed with."""
 
     id: int
-    type: str
-    submitter: str
     lane: int
+    submitter: str
 
 
 class Turn(NamedTuple):
@@ -272,7 +271,7 @@ class Views:
             if not rows:
                 return
             found = [
-                Found(row.id, row.type, row.submitter, row.lane)
+                Found(row.id, row.lane, row.submitter)
                 for row in rows
                 if _fits(wanted, row) and (by_end or (since_at or 0) <= row.created_at <= until_at)
             ]
