@@ -35,7 +35,7 @@ from upq.job import (
     NewJob,
     Outcome,
 )
-from upq.limits import Limiter, kept, kept_text, turn_reason
+from upq.limits import Limiter, is_paced, kept, kept_text, turn_reason
 from upq.notify import address
 from upq.sql import Sql, Tx
 from upq.vault import Vault
@@ -214,6 +214,8 @@ class Batch:
         if self._limiter is not None:
             self._limiter.settle()
         self._claim_at_once()
+        if self._limiter is not None:
+            self._limiter.settle()
         self._settle()
         self.results = [done[id(one)] for one in changes]
 
@@ -417,6 +419,8 @@ class Batch:
                 after_reason(ended[0], states[ended[0]]) if ended else waits_reason(open_)
             )
             row[st.AT["waits"]] = len(open_)
+            if len(row) > st.PLAIN and is_paced(row[st.AT["serial_key"]]):
+                row[st.AT["serial_key"]] = None  # it comes to its line when it could start
         return [(row[0], id) for id in open_]
 
     def _claim_at_once(self) -> None:

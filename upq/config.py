@@ -25,7 +25,7 @@ from upq.access import unknown_principals
 from upq.errors import ConfigError, RequestError
 from upq.gates import Free, Gate, Load, Window
 from upq.ini import Ini, Item, Place
-from upq.job import WHEN_BUSY
+from upq.job import REPLACE, WHEN_BUSY
 from upq.kinds import (
     ALLOWED,
     AMOUNTS,
@@ -455,7 +455,9 @@ class JobSettings:
         RATE,
         "",
         "So many starts, on all nodes together: `100/s` `10/min` `5/h` `1/d`. After a rest some may"
-        " start at once: `10/min burst 3`; without it what comes in 0.2 s, at least one.",
+        " start at once: `10/min burst 3`; without it what comes in 0.2 s, at least one."
+        " `10/min per {host}`: so many of each host, evenly spaced and in the order of their"
+        " submits; those that wait hold no place.",
     )
     needs: dict[str, int] = setting(
         AMOUNTS, "", "What each job holds of `[tokens]` while it runs: `disk_io:1 license:2`."
@@ -802,6 +804,7 @@ def _with_params(job: JobSettings, ini: Ini) -> JobSettings:
         names = job.params.names
         used += [("queue", name) for name in names_in(job.queue)]
         used += [("serial", name) for name in names_in(job.serial)]
+        used += [("rate", name) for name in names_in(job.rate.per if job.rate else "")]
         used += [("unique", name) for name in (job.unique and job.unique.names) or ()]
         for key, name in used + [("secret", name) for name in job.secret]:
             if name not in names:
@@ -814,10 +817,24 @@ def _with_params(job: JobSettings, ini: Ini) -> JobSettings:
         if name in job.secret:
             place = ini.place(f"job {job.name}", "serial")
             ini.fault(place, f"serial: {name} is secret, and the text of a turn is shown")
+    if job.rate and job.rate.per:
+        _check_pace(job, job.rate.per, ini)
     for name in sorted(job.secret.intersection(names_in(" ".join(job.command or ())))):
         place = ini.place(f"job {job.name}", "command")
         ini.warn(place, f"command: everyone on this machine can see {{{name}}} in `ps`")
     return _with_command(job, ini)
+
+
+def _check_pace(job: JobSettings, per: str, ini: Ini) -> None:
+    """What `rate ... per` may name, and what may stand beside it."""
+    place = ini.place(f"job {job.name}", "rate")
+    for name in names_in(per):
+        if name in job.secret:
+            ini.fault(place, f"rate: {name} is secret, and what a rate is per is shown")
+    if job.serial:
+        ini.fault(place, "rate: per is not possible together with serial")
+    if job.when_busy == REPLACE:
+        ini.fault(place, "rate: per is not possible together with when_busy = replace")
 
 
 def _templates(job: JobSettings) -> Iterator[tuple[str, str]]:

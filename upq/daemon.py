@@ -51,7 +51,7 @@ log = logging.getLogger("upq")
 
 #: Seconds between two looks for jobs older than the retention, and for slots older than a day.
 PURGE_S, PURGE_SLOTS_S, SLOTS_KEPT_S = 10.0, 600.0, 86400
-#: Seconds between two looks at lines of `serial` that nobody moves.
+#: Seconds between two looks at lines of `serial` and of rates that nobody moves.
 LINES_S = 60.0
 #: Seconds between two looks for what executors keep and do not need.
 TIDY_S = 10.0

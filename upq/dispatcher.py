@@ -57,7 +57,7 @@ from upq.protocol import Options, Request
 from upq.queue import Lane, Queue
 from upq.record import encode
 from upq.secret import mask, scrub
-from upq.views import AHEAD_LIMIT, Filter, Found, Views
+from upq.views import AHEAD_LIMIT, Filter, Found, Pace, Views
 from upq.wire import Ack
 
 log = logging.getLogger(__name__)
@@ -667,7 +667,10 @@ class Dispatcher:
             told = ": ".join(filter(None, (own, job["message"]))) if own else ""
             yield f"it is not to start before {job['run_at']}{f' ({told})' if told else ''}"
         elif (turn := self._views.turn(job["id"])) is not None:
-            yield f"its turn comes after that of job {turn.holder} (key {turn.key})"
+            if isinstance(turn, Pace):
+                yield f"{turn.rate}: not before {when.iso(turn.not_before)}"
+            else:
+                yield f"its turn comes after that of job {turn.holder} (key {turn.key})"
         else:
             yield own
         if awaited:

@@ -87,6 +87,12 @@ class Limits(NamedTuple):
     unique_us: int = 0
     #: Jobs with the same text, of whatever type, run one after another; "" for none.
     serial: str = ""
+    #: Jobs of the type with the same text start no more often than every so many microseconds;
+    #: "" for none.
+    paced: str = ""
+    every_us: int = 0
+    #: That rate in words.
+    pace: str = ""
     expires_at: int | None = None
     #: Jobs of the type that may wait; 0 for any number.
     max_queue: int = 0

@@ -142,14 +142,28 @@ class JobType:
             until_start=cfg.unique is not None and cfg.unique.until_start,
             unique_us=round(cfg.unique.for_s * 1e6) if cfg.unique is not None else 0,
             serial=self.turn_of(params),
+            **self._pace(params),
             expires_at=expires_at,
             max_queue=cfg.max_queue,
             when_busy=cfg.when_busy,
         )
 
     def turn_of(self, params: Mapping[str, Any]) -> str:
-        """The text of `serial` with these params, "" when there is none. Raises BadParams."""
+        """The text of `serial` with these params, "" when there is none. Raises BadParams.
+
+        Also when a rate asks for what is not given.
+        """
+        self._pace(params)
         return fill_key(self.cfg.serial, params) if self.cfg.serial else ""
+
+    def _pace(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """What `rate ... per` says for a job with these params. Raises BadParams."""
+        rate = self.cfg.rate
+        if rate is None or not rate.per:
+            return {}
+        paced = fill_key(rate.per, params, "rate", f"{rate.text} per {rate.per}")
+        of = ", ".join(f"{name}={params[name]}" for name in names_in(rate.per))
+        return {"paced": paced, "every_us": rate.every_us, "pace": f"rate {rate.text} of {of}"}
 
     def make(self, jobdata: dict[str, Any], desk: Desk | None = None, **facts: Any) -> UpqJob:
         """An object to check, or to check and run in this thread. Raises Disabled, Broken."""
@@ -242,7 +256,8 @@ class JobTypes:
         """Hold jobs that an end or a schedule calls for to the limits of their types.
 
         They are not refused, whatever waits already: the end would lose what follows it. One that
-        lacks what `serial` asks for fails when it runs. expires_s: from `@expires:` of a schedule.
+        lacks what `serial` or `rate` asks for fails when it runs. expires_s: from `@expires:` of a
+        schedule.
         """
         for one in new:
             kind = self.by_name.get(one.type)
@@ -274,7 +289,7 @@ class JobTypes:
         submitters = None if cfg.submit is None else Principals(cfg.submit)
         limited = bool(
             cfg.unique or cfg.serial or cfg.expires_s or cfg.max_queue or cfg.when_busy != QUEUE
-        )
+        ) or (cfg.rate is not None and cfg.rate.per != "")
         return JobType(
             name,
             cfg,
@@ -448,15 +463,16 @@ def bounds_of(settings: Settings) -> dict[str, Bounds]:
         name: Token(name, digest("token", name), settings.tokens[name], users[name])
         for name in users
     }
+    rates = {cfg.name: cfg.rate for cfg in settings.jobs.values() if cfg.rate and not cfg.rate.per}
     return {
         cfg.name: Bounds(
-            cfg.rate,
+            rates.get(cfg.name),
             # A rate that is changed starts anew.
-            digest("rate", cfg.name, repr(cfg.rate)) if cfg.rate else "",
+            digest("rate", cfg.name, repr(cfg.rate)) if cfg.name in rates else "",
             tuple(tokens[name] for name in cfg.needs),
         )
         for cfg in settings.jobs.values()
-        if cfg.rate or cfg.needs
+        if cfg.name in rates or cfg.needs
     }
 
 

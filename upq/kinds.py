@@ -23,6 +23,7 @@ from upq.notify import parse_target, split_targets
 from upq.params import (
     BOOLEANS,
     ParamSpec,
+    names_in,
     queue_name,
     queue_template,
     refuse_lone_braces,
@@ -338,9 +339,11 @@ def _amounts(text: str) -> dict[str, int]:
 
 
 def _rate(text: str) -> Rate:
-    if match := re.search(r"\sper\s.*", text):
-        raise ValueError(f"{match[0].strip()}: {NOT_YET}")
-    return Rate.parse(text)
+    rate = Rate.parse(_one_line(text))
+    refuse_lone_braces(rate.per)
+    if rate.per and not names_in(rate.per):
+        raise ValueError(f"per {shown(rate.per)} names no parameter: 10/min per {{host}}")
+    return rate
 
 
 def _load(text: str) -> Load:

@@ -5,6 +5,10 @@ running, or queued with `ready` or `due_at`, and its id is in the line's row of 
 are queued without either, or blocked. The first of the line gets the turn when nobody has it; while
 the first is blocked, the line waits with it. Daemons on one database lock the line's row before
 they look, after they have changed a job: the later one sees what the earlier one has done.
+
+Jobs of one key of `rate ... per` stand in a line, too, but leave it when they start, and the next
+one gets the turn for one interval later. What was delayed, blocked or has started before comes to
+the line when it could be claimed: a claim starts nothing that has not the turn.
 """
 
 from __future__ import annotations
@@ -26,6 +30,12 @@ KEPT = "limits"
 WALK = 1000
 #: Characters of a serial key that are kept to be shown.
 SHOWN_CHARS = 200
+#: Characters of a line's key; with LINE or RATE before it, it is a name in `limit`.
+LINE_CHARS = 59
+#: What the keys of lines with a rate begin with: no digit.
+PACED = "r"
+#: The start of a key is forgotten so long after the next one may come: clocks differ.
+RATE_KEPT_US = 60_000_000
 
 
 class Changes(Protocol):
@@ -55,6 +65,15 @@ def kept_text(options: str | None) -> dict[str, Any]:
 
 def turn_reason(limits: dict[str, Any]) -> str:
     return f"waits for its turn: {limits['serial']}"[:255]
+
+
+def is_paced(key: str | None) -> bool:
+    """Whether this is the key of a line with a rate."""
+    return key is not None and key.startswith(PACED)
+
+
+def pace_reason(limits: dict[str, Any]) -> str:
+    return f"waits for its turn: {limits['pace']}"[:255]
 
 
 class Limiter:
@@ -96,7 +115,7 @@ class Limiter:
         parent, key = row[st.AT["parent"]], row[st.AT["serial_key"]]
         if found is not None:
             self.check_repeat(parent, *found)
-        elif key is not None:
+        elif key is not None and not is_paced(key):
             above = self._above(parent)
             for id, (_, turn) in above.items():
                 if key == turn:
@@ -133,7 +152,7 @@ class Limiter:
             id = parent
             ((parent, state, turn),) = self._tx.fetch(st.ABOVE, id=id) or [(None, "", None)]
             if state and state not in FINAL:
-                above[id] = (state, turn)
+                above[id] = (state, None if is_paced(turn) else turn)
         return above
 
     def _wait_for(
@@ -158,7 +177,7 @@ class Limiter:
 
         before: how many jobs of a type, or of a serial key, the same submit has before it.
         """
-        type, key = row[st.AT["type"]], row[st.AT["serial_key"]]
+        type, key = row[st.AT["type"]], row[st.AT["serial_key"]] if limits.serial else None
         if limits.max_queue:
             waiting = self.count(type, QUEUED, BLOCKED) + before[type]
             room = len(self.waiting(type, key)) if limits.when_busy == REPLACE and waiting else 0
@@ -223,7 +242,7 @@ class Limiter:
 
     def begin(self, picked: list[Any]) -> list[Any]:
         """Of the rows of CLAIMED those that may start; what is overdue is left for `expire`."""
-        may_start, started = [], []
+        found, paced = [], []
         for row in picked:
             limits = kept_text(row[6])
             expires_at = limits.get("expires_at")
@@ -231,12 +250,66 @@ class Limiter:
             if expires_at is not None and expires_at <= self._batch.now and not row[9]:
                 self._batch.note_due(expires_at)
                 continue
-            may_start.append(row)
-            if expires_at is not None or limits.get("until_start"):
-                started.append((row[0], int("until_start" in limits)))
+            found.append((row, limits))
+            if "paced" in limits:
+                paced.append((row, limits))
+        if paced:
+            held = self._hold_to_pace(paced)
+            found = [one for one in found if one[0][0] not in held]
+        started = [
+            (row[0], int("until_start" in limits))
+            for row, limits in found
+            if "expires_at" in limits or limits.get("until_start")
+        ]
         if started:
             self._tx.run_rows(st.START_LIMITED, sorted(started))
-        return may_start
+        return [row for row, _ in found]
+
+    def _hold_to_pace(self, paced: list[tuple[Any, dict[str, Any]]]) -> set[int]:
+        """Of the rows of keys with a rate, those that may not start now: they wait in line."""
+        batch, now = self._batch, self._batch.now
+        of_key: dict[str, dict[int, tuple[Any, dict[str, Any]]]] = {}
+        for row, limits in paced:
+            of_key.setdefault(limits["paced"], {})[row[0]] = row, limits
+        keys = sorted(of_key)
+        self._lines.update(keys)
+        self._lock(st.LINE + key for key in keys)
+        free_at = self._free_at(keys)
+        started, next_at, late, wait = [], [], [], []
+        for key, holder, head in self._tx.fetch_rows(
+            st.LINES, [(key, st.LINE + key) for key in keys]
+        ):
+            rows = of_key[key]
+            first = min(rows if head is None else [head, *rows]) if holder is None else holder
+            at = free_at.get(key, 0)
+            if first in rows and at <= now:
+                _, limits = rows.pop(first)
+                started.append((first,))
+                next_at.append((st.RATE + key, now + limits["every_us"]))
+            elif holder in rows:
+                del rows[holder]
+                late.append((holder, None, at))
+                batch.note_due(at)
+            wait += [(id, key, pace_reason(limits)) for id, (_, limits) in rows.items()]
+            for row, limits in rows.values():
+                batch.moved(
+                    row[0], row[1], QUEUED, QUEUED, reason=pace_reason(limits), attempt=row[9]
+                )
+        if started:
+            self._tx.run_rows(st.LEAVE_LINES, sorted(started))
+            self._tx.run_rows(st.LOCK_LIMITS, sorted((name,) for name, _ in next_at))
+            self._tx.run_rows(st.SET_LIMITS, sorted(next_at))
+        if late:
+            self._tx.run_rows(st.GIVE_TURNS, sorted(late))
+        if wait:
+            self._tx.run_rows(st.PUT_IN_LINE, sorted(wait))
+        return {row[0] for row, _ in paced} - {id for (id,) in started}
+
+    def _free_at(self, keys: Iterable[str]) -> dict[str, int]:
+        """When the next job of each key with a rate may start; their lines are locked."""
+        names = sorted((st.RATE + key,) for key in keys if is_paced(key))
+        found = self._tx.fetch_rows(st.LIMITS_AT, names) if names else []
+        return {name.removeprefix(st.RATE): int(at) for name, at in found}
 
     def given_back(self, id: int, limits: dict[str, Any]) -> None:
         """A claim has come to nothing: the job expires as if it had not been."""
@@ -244,13 +317,18 @@ class Limiter:
             self._tx.run_rows(st.EXPIRE_AGAIN, [(id, limits["expires_at"])])
             self._batch.note_due(limits["expires_at"])
 
-    def free(self, ended: Iterable[tuple[int, dict[str, Any]]]) -> None:
-        """Jobs have ended: their keys are free, their turns are over."""
+    def free(self, ended: Iterable[tuple[int, dict[str, Any]]], *, waited: bool = False) -> None:
+        """Jobs have ended: their keys are free, their turns are over.
+
+        waited: they have not been running, and may have the turn of a key with a rate.
+        """
         ids = []
         for id, limits in ended:
             ids.append((id,))
             if "line" in limits:
                 self._lines.add(limits["line"])
+            if waited and "paced" in limits:
+                self._lines.add(limits["paced"])
         self._tx.run_rows(st.FREE_KEYS, sorted(ids), now=self._batch.now)
 
     def end_waiting(
@@ -280,7 +358,7 @@ class Limiter:
             )  # fmt: skip
             batch.hold_dependents([(id, state) for id, _ in ended])
         if freed:
-            self.free(freed)
+            self.free(freed, waited=True)
         if gone and overdue:
             self._tx.run_rows(st.NEVER_EXPIRE, sorted(gone))
         return ended
@@ -328,17 +406,20 @@ class Limiter:
 
     def _give_turns(self, first: list[tuple[int]]) -> None:
         batch, turns, names = self._batch, [], []
-        for id, key, lane_id, state, run_at, attempt in self._tx.fetch_rows(
-            st.HEADS, sorted(first)
-        ):
+        heads = self._tx.fetch_rows(st.HEADS, sorted(first))
+        free_at = self._free_at(head[1] for head in heads)
+        for id, key, lane_id, state, run_at, attempt in heads:
             waits = state == BLOCKED  # and the line with it
             names.append((st.LINE + key, 0 if waits else id))
             if waits:
                 continue
-            later = run_at is not None and run_at > batch.now
-            turns.append((id, None if later else lane_id, run_at if later else None))
-            batch.note_due(run_at if later else None)
+            due = max(run_at or 0, free_at.get(key, 0))
+            later = due > batch.now
+            turns.append((id, None if later else lane_id, due if later else None))
+            batch.note_due(due if later else None)
             at = self._came.get(id)
+            if at is None and later and is_paced(key):
+                continue  # there is nothing to claim yet
             if at is None:
                 batch.moved(id, lane_id, QUEUED, QUEUED, reason="its turn", attempt=attempt)
             elif batch.events[at].reason != "retry":
@@ -348,6 +429,7 @@ class Limiter:
             self._tx.run_rows(st.GIVE_TURNS, sorted(turns))
 
     def mend(self) -> None:
-        """Move lines that have come to a stand."""
+        """Move lines that have come to a stand; forget what no rate asks for any more."""
+        self._tx.run(st.DROP_OLD_RATES, before=self._batch.now - RATE_KEPT_US)
         stuck = self._tx.fetch(st.STUCK_LINES)
         self._lines |= {row[0].removeprefix(st.LINE) for row in stuck}

@@ -352,11 +352,13 @@ def queue_of(template: str, params: Mapping[str, Any]) -> str:
         raise BadParams(f"{', '.join(names)}: {error}") from None
 
 
-def fill_key(template: str, params: Mapping[str, Any]) -> str:
+def fill_key(
+    template: str, params: Mapping[str, Any], setting: str = "serial", said: str = ""
+) -> str:
     """The key of these parameters. Raises BadParams when it asks for one that is not given."""
     for name in _names(template):
         if params.get(name) is None:
-            raise BadParams(f"{name}: is missing, serial = {template} asks for it")
+            raise BadParams(f"{name}: is missing, {setting} = {said or template} asks for it")
     return _BRACE.sub(
         lambda brace: _as_text(params[brace[1]]) if brace[1] else brace[0][0], template
     )

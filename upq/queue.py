@@ -38,7 +38,16 @@ from upq.job import (
     NewJob,
     Outcome,
 )
-from upq.limits import KEPT, SHOWN_CHARS, kept, kept_text, turn_reason
+from upq.limits import (
+    KEPT,
+    LINE_CHARS,
+    PACED,
+    SHOWN_CHARS,
+    kept,
+    kept_text,
+    pace_reason,
+    turn_reason,
+)
 from upq.notify import NOTIFY
 from upq.record import (
     clean,
@@ -59,8 +68,6 @@ log = logging.getLogger(__name__)
 BEAT_S = 10
 #: Starts that may end with the death of the daemon before the job is failed as `crashed`.
 CRASH_LIMIT = 3
-#: Characters of a serial key's digest; with LINE before it, it is a name in `limit`.
-LINE_CHARS = 59
 #: Job ids reserved at a time; what is left of a block is lost only by a crash.
 ID_BLOCK = 1000
 
@@ -375,6 +382,12 @@ class Queue:
             left["serial"] = limits.serial[:SHOWN_CHARS]
             row[st.AT["ready"]] = row[st.AT["due_at"]] = None
             row[st.AT["reason"]] = turn_reason(left)
+        if limits.paced:
+            key = left["paced"] = (PACED + digest("paced", new.type, limits.paced))[:LINE_CHARS]
+            left["pace"], left["every_us"] = limits.pace[:SHOWN_CHARS], limits.every_us
+            if row[st.AT["due_at"]] is None:  # else it comes to its line when it is due
+                line = key
+                row[st.AT["ready"]], row[st.AT["reason"]] = None, pace_reason(left)
         if limits.expires_at is not None:
             left["expires_at"] = limits.expires_at
         if left:
@@ -462,7 +475,7 @@ class Queue:
             batch.tx.run_rows(st.CANCEL_WAITING, waiting, now=batch.now, message=text)
             batch.hold_dependents([(id, CANCELLED) for (id,) in waiting])
             if freed:
-                batch.limiter.free(freed)
+                batch.limiter.free(freed, waited=True)
         return tokens
 
     def retry(self, id: int, who: str) -> None:
@@ -580,7 +593,10 @@ class Queue:
         return set(self._act(run)) if overdue else set()
 
     def mend_lines(self) -> None:
-        """Have lines of `serial` go on that have come to a stand: nothing upq does leaves one."""
+        """Have lines go on that have come to a stand: nothing upq does leaves one.
+
+        Starts of keys with a rate are forgotten when they lie more than an interval back.
+        """
         self._act(lambda batch: batch.limiter.mend())
 
     def beat(self) -> None:

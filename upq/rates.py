@@ -24,10 +24,13 @@ class Rate(NamedTuple):
     #: How many may start at once after a rest.
     burst: int
     text: str
+    #: What it holds for each of: text with {parameters}; "" for the type as a whole.
+    per: str = ""
 
     @classmethod
     def parse(cls, text: str) -> Rate:
         """Raises ValueError."""
+        text, *per = re.split(r"\s+per\s+", text, maxsplit=1)
         match = _RATE.fullmatch(text)
         if not match:
             raise ValueError(f"{text!r} is not a rate such as 100/s, 10/min, 5/h or 1/d burst 3")
@@ -39,7 +42,17 @@ class Rate(NamedTuple):
             raise ValueError("a burst of 0 lets nothing start")
         if count > per_us:
             raise ValueError(f"{text!r} is more than a million a second")
-        return cls(count, per_us, burst, f"{match[1]}/{match[2]}")
+        rate = cls(count, per_us, burst, f"{match[1]}/{match[2]}")
+        if not per:
+            return rate
+        if match[3]:
+            raise ValueError("a rate per key is even, it has no burst")
+        return rate._replace(burst=1, per=per[0])
+
+    @property
+    def every_us(self) -> int:
+        """From one start to the next, when they are even."""
+        return -(-self.per_us // self.starts)
 
     def allowed(self, at: int, now: int) -> int:
         """How many may start now."""

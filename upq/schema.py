@@ -107,7 +107,7 @@ job = table(
     Column("uniq_key", String(64)),
     Column("uniq_until", Big),
     # Jobs of one key take turns, in the order of their ids: only the first is ever `ready`. NULL
-    # once the turn is over.
+    # once the turn is over: at the end, or with a rate at the start.
     Column("serial_key", String(64)),
     Column("waits", Integer, nullable=False),
     Column("parent", Big),

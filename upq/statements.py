@@ -596,6 +596,9 @@ def lock_limits(dialect: str) -> ClauseElement:
 
 #: Before the key of a line in the names of `limit`; `at` is the job whose turn it is.
 LINE = "line:"
+#: Before the key of a line that has a rate; `at` is when the next one may start: one interval after
+#: the last start.
+RATE = "rate:"
 
 
 def lines(dialect: str) -> ClauseElement:
@@ -651,6 +654,21 @@ def set_limits(dialect: str) -> ClauseElement:
     return sa.update(limit).values({limit.c.at: r.c.n}).where(limit.c.name == r.c.name)
 
 
+def limits_at(dialect: str) -> ClauseElement:
+    r = rows(dialect, name=str)
+    return sa.select(limit.c.name, limit.c.at).where(limit.c.name == r.c.name)
+
+
+def put_in_line(dialect: str) -> ClauseElement:
+    """Have queued jobs wait for their turn that could have been claimed."""
+    r = rows(dialect, id=int, serial_key=str, reason=str)
+    values = {
+        job.c.ready: sa.null(), job.c.due_at: sa.null(), job.c.serial_key: r.c.serial_key,
+        job.c.reason: r.c.reason,
+    }  # fmt: skip
+    return sa.update(job).values(values).where(job.c.id == r.c.id)
+
+
 def drop_limits(dialect: str) -> ClauseElement:
     r = rows(dialect, name=str)
     if dialect == "sqlite":
@@ -692,6 +710,12 @@ HEADS = Sql(heads)
 GIVE_TURNS = Sql(give_turns)
 SET_LIMITS = Sql(set_limits)
 DROP_LIMITS = Sql(drop_limits)
+LIMITS_AT = Sql(limits_at)
+PUT_IN_LINE = Sql(put_in_line)
+LEAVE_LINES = Sql(set_over_ids(sa.true(), serial_key=sa.null()))
+DROP_OLD_RATES = Sql(
+    sa.delete(limit).where(limit.c.name.like(RATE + "%"), limit.c.at < big("before"))
+)
 OVERDUE = Sql(
     sa.select(*CLAIMED)
     .where(job.c.expires_at <= big("now"))

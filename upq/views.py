@@ -15,10 +15,10 @@ from upq import schema, when
 from upq.db import Database
 from upq.errors import NotFound
 from upq.job import BLOCKED, FAILED, FINAL, QUEUED, RUNNING, STATES
-from upq.limits import kept_text
+from upq.limits import is_paced, kept_text
 from upq.record import LOCKED
 from upq.secret import mask, scrub, secret_texts
-from upq.statements import AGAIN, CHUNK, LINE
+from upq.statements import AGAIN, CHUNK, LINE, RATE
 from upq.vault import NoKey, Vault
 
 job, event, output, tally, edge, node = (
@@ -93,6 +93,13 @@ class Turn(NamedTuple):
     #: The job whose turn it is; while that is nobody's, the first of the line.
     holder: int
     key: str
+
+
+class Pace(NamedTuple):
+    """The rate that a job waits for, in words, and when it starts at the earliest."""
+
+    rate: str
+    not_before: int
 
 
 class Views:
@@ -481,17 +488,35 @@ class Views:
         query = sa.select(job.c.id, job.c.state).where(edge.c.job == id, job.c.id == edge.c.needs)
         return [(row[0], row[1]) for row in self._rows(query.order_by(job.c.id))]
 
-    def turn(self, id: int) -> Turn | None:
-        """Behind whom a job waits for its turn; None when it does not."""
+    def turn(self, id: int) -> Turn | Pace | None:
+        """Behind whom, or for what rate, a job waits for its turn; None when it does not."""
         found = self._rows(sa.select(job.c.serial_key, job.c.options).where(job.c.id == id))
         if not found or found[0].serial_key is None:
             return None
         line, options = found[0]
+        if is_paced(line):
+            return self._paced_turn(id, line, kept_text(options))
         of_line = sa.select(job.c.id).where(job.c.serial_key == line)
         name = schema.limit.c.name == LINE + line
         first = self._rows(of_line.where(job.c.id == schema.limit.c.at, name))
         holder = (first or self._rows(of_line.order_by(job.c.id).limit(1)) or [(id,)])[0][0]
         return None if holder == id else Turn(holder, kept_text(options)["serial"])
+
+    def _paced_turn(self, id: int, line: str, limits: dict[str, Any]) -> Pace | None:
+        rows = self._rows(
+            sa.select(schema.limit.c.name, schema.limit.c.at).where(
+                schema.limit.c.name.in_([LINE + line, RATE + line])
+            )
+        )
+        at = {row.name: row.at for row in rows}
+        holder, free_at = at.get(LINE + line, 0), at.get(RATE + line, 0)
+        of_line = sa.select(sa.func.count()).where(job.c.serial_key == line)
+        ahead = 0
+        if holder != id:
+            before = of_line.where(sa.or_(job.c.id < id, job.c.id == holder))
+            ahead = self._rows(before)[0][0]
+        not_before = max(free_at, when.now() if ahead else 0) + ahead * limits["every_us"]
+        return Pace(limits["pace"], not_before) if not_before > when.now() else None
 
     def nodes(self) -> list[dict[str, Any]]:
         return [
