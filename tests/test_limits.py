@@ -874,3 +874,24 @@ def submit_and_fail(store: Store, limits: Limits) -> int:
     id = store.submit(limits=limits)
     end(store, store.claim_one(), FAILED)
     return id
+
+
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("end_it", [expired, failed])
+def test_what_is_retried_after_its_time_starts(
+    store: Store, end_it: Callable[[Store, int], None], many: bool
+) -> None:
+    soon = when.now() + 500_000
+    id = store.submit(limits=Limits(expires_at=soon, serial="vm:5"))
+    end_it(store, id)
+    time.sleep(max(soon - when.now(), 0) / 1e6 + 0.001)
+    if many:
+        assert store.queue.retry_many([id], "root") == [id]
+    else:
+        store.queue.retry(id, "root")
+    claimed = store.claim_one()
+    assert claimed.id == id
+    store.queue.finish(claimed, Outcome(QUEUED, counts=False))
+    store.flush()
+    assert store.queue.expire(no_jobs) == set()
+    assert store.claim_one().id == id

@@ -299,3 +299,17 @@ params = name
         assert daemon.wait(ids[0])["state"] == "cancelled"
         assert daemon.ask("cancel type:hold")["n"] == 2
         assert [daemon.wait(id)["state"] for id in ids[1:]] == ["cancelled"] * 2
+
+
+def test_a_cancel_by_way_of_another_daemon_reaches_a_pool(folder: Path, postgres: Postgres) -> None:
+    config = "[node]\nname = {}\n[pool here]\nqueues = storage.*\n[job hold]\nqueue = storage.x\n"
+    (folder / "b").mkdir()
+    with (
+        postgres.database() as url,
+        Daemon(folder, config.format("a"), url, hold=STUBBORN) as daemon,
+    ):
+        id = daemon.submit("hold")
+        daemon.until_noted(f"start {id}")
+        with Daemon(folder / "b", config.format("b"), url, hold=STUBBORN) as other:
+            other.ask(f"cancel {id}")
+            assert other.wait(id)["state"] == "cancelled"

@@ -394,6 +394,20 @@ def test_a_spent_rate_wakes_the_claimer_in_time_and_not_more(site: Callable[...,
     assert len(steps) < 40
 
 
+def test_who_waits_for_a_place_behind_a_rate_wakes_nobody(site: Callable[..., Site]) -> None:
+    line = site("[job work]\nrate = 5/s burst 1")
+    steps: list[float] = []
+    step = line.claimer.step
+    line.claimer.step = lambda: steps.append(1) or step()  # type: ignore[method-assign]
+    gate = Gate(line)
+    line.begin()
+    line.queue(2)
+    time.sleep(1.0)  # the rate lets the second go, and there is no place
+    assert len(steps) < 40
+    gate.open()
+    until(lambda: line.done() == 2)
+
+
 def test_two_daemons_share_a_rate(site: Callable[..., Site], store: Store) -> None:
     if not store.queue.shared:
         pytest.skip("SQLite serves one daemon")

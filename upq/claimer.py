@@ -308,6 +308,7 @@ class Claimer:
         if unheard:
             self._hot |= set(queue.lanes)
         self._missed = False
+        now, openings = when.now(), self._openings()
         booked = self.book(set(self._hot))
         # The lanes of a draw are hot until it is made.
         lanes = {want[0] for want in booked if not isinstance(want, Draw)}
@@ -322,7 +323,9 @@ class Claimer:
         if self._missed and booked:
             # Jobs came while all room was booked for this claim, which may not have seen them.
             return 0.0
-        return self._patience()
+        # One that has opened since may have been passed over; what was open before waits for a
+        # place, which wakes us.
+        return self._patience([at for at in openings + self._openings() if at > now])
 
     def flush(self, deadline_s: float) -> bool:
         """Commit all that was posted; False when the database did not let it by the deadline.
@@ -355,7 +358,10 @@ class Claimer:
         self._strays_s = self.ticked_s
         return True
 
-    def _patience(self) -> float | None:
+    def _openings(self) -> list[int]:
+        return [at for lane in set(self._hot) if (at := self._opens_at(lane))]
+
+    def _patience(self, openings: list[int]) -> float | None:
         waits: list[float] = []
         if any(pool.has_claimed() for pool in self.pools.values()):
             waits.append(STALE_S)
@@ -363,9 +369,8 @@ class Claimer:
             waits.append(max(self._queue.next_due - when.now(), 0) / 1e6 + 0.001)
         if self._queue.shared:
             waits.append(POLL_S)
-        opens_at = [at for lane in set(self._hot) if (at := self._opens_at(lane))]
-        if opens_at:
-            waits.append(max(min(opens_at) - when.now(), 0) / 1e6 + 0.001)
+        if openings:
+            waits.append(max(min(openings) - when.now(), 0) / 1e6 + 0.001)
         if self.ticked_s - self._queue.writer.doubted_s <= DOUBT_S:
             waits.append(DOUBT_LOOK_S)
         return min(waits, default=None)

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from upq.config import FIXED, SECTIONS, Settings, declared
+from upq.secret import MASK
 
-#: What stands for a secret.
-MASKED = "***"
 #: A name of a job's own that says that its value is a secret.
 _TELLING = re.compile(r"passw|secret|token|credential|key", re.IGNORECASE)
 #: A password in a URL; all of a URL that tells people, since any part of it may be one.
@@ -72,18 +71,18 @@ def masked(section: str, key: str, text: str, settings: Settings) -> str:
     if not text or (each is not None and not each.secret):
         return text
     if (each is not None and key != "url") or (kind == "job" and _TELLING.search(key)):
-        return MASKED
+        return MASK
     job = settings.jobs.get(name)
     if kind == "schedule" and name in settings.schedules:
         job = settings.jobs.get(settings.schedules[name].type)
     secret = job.secret if job else frozenset()
     if key in ("params", "line") and any(re.search(rf"\b{re.escape(s)}\b", text) for s in secret):
-        return MASKED
+        return MASK
     if key == "env":
-        return re.sub(r"=(\"[^\"]*\"|'[^']*'|\S+)", f"={MASKED}", text)
+        return re.sub(r"=(\"[^\"]*\"|'[^']*'|\S+)", f"={MASK}", text)
     if key.startswith("notify"):
-        return _TARGET.sub(rf"\1{MASKED}", text)
-    return _PASSWORD.sub(rf"\1\2{MASKED}", text)
+        return _TARGET.sub(rf"\1{MASK}", text)
+    return _PASSWORD.sub(rf"\1\2{MASK}", text)
 
 
 def code_of(jobs_dir: str) -> dict[str, str]:

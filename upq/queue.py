@@ -7,6 +7,7 @@ follows an end is said by the caller.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import threading
@@ -512,6 +513,11 @@ class Queue:
                 continue
             if unique:
                 taken.add(unique)
+            if "expires_at" in limits:
+                # Somebody asked for it: it may start at any time.
+                left = {name: value for name, value in limits.items() if name != "expires_at"}
+                text = encode({**json.loads(options), KEPT: left})
+                batch.tx.run(st.SET_OPTIONS, id=id, text=text)
             new = BLOCKED if waits else QUEUED
             reason = "waits for earlier jobs" if waits else ""
             ready = None if waits else lane_id

@@ -691,6 +691,7 @@ START_LIMITED = Sql(start_limited)
 EXPIRE_AGAIN = Sql(expire_again)
 NEVER_EXPIRE = Sql(set_over_ids(sa.true(), expires_at=sa.null()))
 TAKE_KEYS = Sql(take_keys)
+SET_OPTIONS = Sql(sa.update(job).values(options=word("text")).where(job.c.id == big("id")))
 WAITING = Sql(waiting)
 END_WAITING = Sql(
     set_over_ids(
