@@ -111,6 +111,7 @@ def refused(daemon: Daemon, status: int, words: str, within_s: float = 2.0) -> N
 # Start conflicts (T12) -------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("shared", ["database", "socket", "both"])
 def test_a_second_daemon_on_one_database_or_socket_is_refused_and_the_first_lives_on(
     daemon: Daemon, other: Daemon, shared: str
@@ -128,6 +129,7 @@ def test_a_second_daemon_on_one_database_or_socket_is_refused_and_the_first_live
     other.start()
 
 
+@pytest.mark.alone
 def test_two_daemons_on_one_folder_are_one_too_many(daemon: Daemon) -> None:
     daemon.start()
     refused(daemon, 75, "another upq daemon")
@@ -151,6 +153,7 @@ def test_a_stale_socket_and_a_stale_pidfile_with_the_pid_of_somebody_else_are_ta
     assert not (daemon.folder / "s").exists()
 
 
+@pytest.mark.alone
 def test_a_pidfile_that_a_living_daemon_holds_is_left_alone(daemon: Daemon, other: Daemon) -> None:
     set_(daemon, "daemon", pidfile="pid")
     set_(other, "daemon", pidfile=daemon.folder / "pid")
@@ -160,6 +163,7 @@ def test_a_pidfile_that_a_living_daemon_holds_is_left_alone(daemon: Daemon, othe
     assert (daemon.folder / "pid").read_text() == before
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("what", ["file", "folder", "link to nothing", "link to a socket"])
 def test_what_is_no_socket_is_never_removed(daemon: Daemon, what: str) -> None:
     path = daemon.folder / "s"
@@ -180,6 +184,7 @@ def test_what_is_no_socket_is_never_removed(daemon: Daemon, what: str) -> None:
         assert (daemon.folder / "elsewhere").is_socket()
 
 
+@pytest.mark.alone
 def test_a_socket_that_some_other_program_answers_is_not_stolen(daemon: Daemon) -> None:
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(daemon.folder / "s"))
@@ -291,8 +296,10 @@ def test_on_a_terminal_it_says_that_it_is_ready_and_where_its_log_is(daemon: Dae
             daemon.command("--foreground"), env=daemon.environment(), stderr=stderr
         )
         try:
-            assert select.select([terminal], [], [], PATIENCE_S)[0]
-            said = terminal.read(4096).decode()
+            said = ""
+            while not said.endswith("\n"):
+                assert select.select([terminal], [], [], PATIENCE_S)[0]
+                said += terminal.read(4096).decode()
             assert said == f"upq: ready; the log is {daemon.folder}/upq.log\r\n"
             assert daemon.ask("ping")
         finally:
@@ -900,6 +907,7 @@ def test_it_lives_anywhere(daemon: Daemon) -> None:
     assert daemon.end() == 0
 
 
+@pytest.mark.alone
 def test_a_start_that_fails_leaves_nothing_that_stops_the_next(daemon: Daemon) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

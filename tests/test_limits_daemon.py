@@ -94,6 +94,8 @@ def test_a_parent_gets_the_job_that_is_there(daemon: Daemon) -> None:
     first = daemon.submit("solo fid:5")
     parents = [daemon.submit("parent fid:5") for _ in range(3)]
     daemon.until_noted(f"start {first}")
+    for id in parents:
+        until(lambda id=id: daemon.job(id)["reason"] == f"waits for {first}")  # type: ignore[misc]
     daemon.open_gate()
     assert [daemon.wait(id)["result"] for id in parents] == [first] * 3
 
