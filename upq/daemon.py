@@ -391,10 +391,13 @@ class Daemon:
         self._claimer.stop()
         self._claimer.close_pools()
         self._interrupt()
+        stored_by_s = time.monotonic() + 2.0
+        # Clients that wait for these ends hear of them before they are hung up.
+        self._claimer.flush(stored_by_s)
         for door in self._doors:
             door.close()
             door.hang_up()
-        if not self._claimer.flush(time.monotonic() + 2.0):
+        if not self._claimer.flush(stored_by_s):
             log.error("the database is away: ends of jobs are not stored, they will run again")
         self._stopped.set()
         self._scheduler.stop(2.0)
