@@ -685,6 +685,14 @@ def test_pause_is_of_the_queue_and_survives_a_restart(url: str) -> None:
             store.queue.pause("no such queue", True)
 
 
+def test_a_claim_that_was_on_its_way_heeds_a_pause(store: Store) -> None:
+    id = store.submit()
+    store.queue.pause("hash", True)
+    assert store.claim() == []
+    store.queue.pause("hash", False)
+    assert store.claim_one().id == id
+
+
 # Chores
 
 

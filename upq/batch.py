@@ -141,6 +141,9 @@ class Home(Protocol):
     def book(self, lanes: set[int]) -> list[Want]:
         """Places that jobs just queued in these lanes may take at once: (lane, how many)."""
 
+    def is_paused(self, lane_id: int) -> bool:
+        """Whether nothing of a lane is to be claimed now."""
+
     def plan(self, draw: Draw, queued: set[int]) -> Plan:
         """What to draw from now, when these lanes have just got jobs."""
 
@@ -440,6 +443,8 @@ class Batch:
                 draws.append(want)
             else:
                 lane_id, free = want
+                if self._home.is_paused(lane_id):  # since the place was booked
+                    continue
                 picked += self.tx.fetch(st.PICK_CLAIMABLE, lane=lane_id, free=free)
         claimed = self._start(picked)
         for draw in draws:

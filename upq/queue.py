@@ -240,6 +240,9 @@ class Queue:
     def book(self, lanes: set[int]) -> list[Want]:
         return self.claims.book(lanes)
 
+    def is_paused(self, lane_id: int) -> bool:
+        return self.lanes[lane_id].paused
+
     def plan(self, draw: Draw, queued: set[int]) -> Plan:
         return self.claims.plan(draw, queued)
 
