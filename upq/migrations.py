@@ -46,9 +46,14 @@ def add_limits(op: Operations) -> None:
     schema.meta.create_all(op.get_bind(), [schema.limit, schema.slot, schema.health])
 
 
+def add_steps(op: Operations) -> None:
+    """Version 4: the steps of parents."""
+    schema.meta.create_all(op.get_bind(), [schema.step])
+
+
 #: The step that leads to each version; version 1 was the first. A step may use `schema` only for
 #: what no later version changes.
-STEPS: dict[int, Step] = {2: index_only_keys, 3: add_limits}
+STEPS: dict[int, Step] = {2: index_only_keys, 3: add_limits, 4: add_steps}
 
 
 def upgrade(connection: Connection, found: int) -> None:

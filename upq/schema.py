@@ -23,7 +23,7 @@ from sqlalchemy.dialects.mysql import LONGTEXT
 from sqlalchemy.schema import SchemaItem
 
 #: Raised with each step of `upq.migrations`.
-VERSION = 3
+VERSION = 4
 
 #: What MySQL has in place of MariaDB's collation.
 MYSQL_COLLATION = "utf8mb4_0900_bin"
@@ -175,6 +175,17 @@ edge = table(
     Column("job", Big, primary_key=True, autoincrement=False),
     Column("needs", Big, primary_key=True, autoincrement=False),
     Index("upq_edge_needs", "needs"),
+)
+
+#: What pieces of a parent's own work have returned, so that none is done again.
+step = table(
+    "step",
+    Column("job", Big, primary_key=True, autoincrement=False),
+    # A digest of the name and of how many of that name came before.
+    Column("key", String(64), primary_key=True),
+    Column("name", String(255), nullable=False),
+    Column("result", Long),
+    Column("at", Big, nullable=False),
 )
 
 #: Rates: when the next start of what the name stands for is due.
