@@ -373,7 +373,7 @@ class Batch:
         fresh: list[list[Any]] = []
         edges: list[tuple[int, int]] = []
         own: dict[str, tuple[int, str]] = {}
-        before = Counter[str]()
+        before: Counter[str] = Counter()
         limits = one.limits or [None] * len(one.rows)
         for row, after, limit in zip(one.rows, one.after, limits, strict=True):
             key = row[st.AT["idem_key"]] or row[st.AT["child_key"]]

@@ -78,7 +78,7 @@ class JobType:
         module = sys.modules.get(self.cls.__module__) if self.cls else None
         return Path(getattr(module, "__file__", None) or self.name)
 
-    @property
+    @cached_property
     def checks(self) -> bool:
         """Whether its class has a check() of its own."""
         return self.cls is not None and self.cls.check is not UpqJob.check
@@ -104,7 +104,7 @@ class JobType:
         declared = {name: data[name] for name in self.params.names if name in data}
         return {**data, **self.params.check(declared, self.secret)}
 
-    @property
+    @cached_property
     def hides(self) -> bool:
         """Whether there is anything that must not be told of its jobs."""
         return bool(self.secret or self.hidden)

@@ -199,6 +199,35 @@ def readable(data: bytes) -> bytes:
     return data.decode("utf-8", "replace").replace("\0", "\\0").encode()
 
 
+class Flag:
+    """A threading.Event that is made only when somebody waits for it: few jobs do."""
+
+    __slots__ = ("_event", "_is_set")
+    _making = threading.Lock()
+
+    def __init__(self) -> None:
+        self._is_set = False
+        self._event: threading.Event | None = None
+
+    def is_set(self) -> bool:
+        return self._is_set
+
+    def set(self) -> None:
+        self._is_set = True
+        if self._event is not None:
+            self._event.set()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Whether it is set, at the latest after so many seconds."""
+        if not self._is_set:
+            with self._making:
+                if self._event is None:
+                    self._event = threading.Event()
+            if not self._is_set:  # it was not before the event could be seen
+                self._event.wait(timeout)
+        return self._is_set
+
+
 class UpqJob:
     """Base of every job: override `run()`, and `check()` where a job may be refused.
 
@@ -242,9 +271,9 @@ class UpqJob:
         self.result: Any = None
         #: Attempts before this one.
         self.retries = attempt - 1
-        self.finished = threading.Event()
+        self.finished = Flag()
         #: Set when somebody asked for this job to end; long jobs look at it now and then.
-        self.cancel_event = threading.Event()
+        self.cancel_event = Flag()
         #: Set by a daemon that stops: the attempt will be made again and does not count.
         self.interrupted = False
         #: The claim, while it runs; a command's processes carry it.
