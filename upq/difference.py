@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from upq.config import FIXED, SECTIONS, Settings, declared
-from upq.secret import MASK
+from upq.secret import MASK, SECRET_NAME
 
-#: A name of a job's own that says that its value is a secret.
-_TELLING = re.compile(r"passw|secret|token|credential|key", re.IGNORECASE)
 #: A password in a URL; all of a URL that tells people, since any part of it may be one.
 _PASSWORD = re.compile(r"(://[^:/@\s]*:)[^@\s]+(?=@)|(passw\w*=)[^&\s]*")
 _TARGET = re.compile(r"(\w://)\S+")
@@ -70,7 +68,7 @@ def masked(section: str, key: str, text: str, settings: Settings) -> str:
     each = declared(SECTIONS[section]).get(key) if section in SECTIONS else None
     if not text or (each is not None and not each.secret):
         return text
-    if (each is not None and key != "url") or (kind == "job" and _TELLING.search(key)):
+    if (each is not None and key != "url") or (kind == "job" and SECRET_NAME.search(key)):
         return MASK
     job = settings.jobs.get(name)
     if kind == "schedule" and name in settings.schedules:

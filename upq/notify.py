@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from upq import webhook
 from upq.errors import BadParams
 from upq.job import DONE, EXPIRED, FAILED, Job, NewJob, Outcome
-from upq.secret import MASK, mask, scrub, secret_texts
+from upq.secret import MASK, SECRET_NAME, mask, scrub, secret_texts
 
 #: The job type that delivers, and that never notifies.
 NOTIFY = "notify"
@@ -30,7 +30,6 @@ TAIL_BYTES = 4096
 TEXT_LIMIT = 1 << 16
 
 ADDRESS = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.-]+(@[A-Za-z0-9.-]+|@\[[A-Za-z0-9.:]+\])?")
-SECRET_SETTING = re.compile(r"passw|secret|token|credential|(^|_)key$", re.IGNORECASE)
 
 
 class Mail(NamedTuple):
@@ -241,7 +240,7 @@ def hidden_settings(jobcfg: Mapping[str, str]) -> frozenset[str]:
     """The names of a section's settings that are not told."""
     return frozenset(
         name for name, text in jobcfg.items()
-        if SECRET_SETTING.search(name) or (name.startswith("notify_") and "://" in text)
+        if SECRET_NAME.search(name) or (name.startswith("notify_") and "://" in text)
     )  # fmt: skip
 
 

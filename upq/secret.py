@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 #: Stands where a secret stood.
 MASK = "***"
+#: The name of a setting that says that its value is a secret.
+SECRET_NAME = re.compile(r"passw|secret|token|credential|(^|_)key$", re.IGNORECASE)
 #: Characters up to which a secret is left alone in a text: it would be in every other word.
 SHORT = 3
 
