@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 import time
@@ -181,6 +182,8 @@ def run(self):
         daemon.forgiven.append("threads hang")
         job = daemon.run("stuck s:7")
         assert job["message"] == "timed out after 0.1 s and could not be stopped"
+        (told,) = re.findall(r"finished: failed in ([0-9.]+) s", daemon.log)
+        assert GRACE_S < float(told) < GRACE_S + 5
         assert daemon.ask("status")["abandoned"] == 1
         daemon.until_noted(f"back {job['id']}")
         refused = [line for line in daemon.ledger if line.startswith("refused")]

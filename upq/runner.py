@@ -19,7 +19,7 @@ from upq.health import Wish
 from upq.interrupt import Abandoned
 from upq.job import CANCELLED, DONE, EXPIRED, FAILED, QUEUED, Job, NewJob, Outcome
 from upq.jobtypes import JobType, JobTypes
-from upq.keeper import GRACE_S, Keeper
+from upq.keeper import Keeper
 from upq.plugins import MESSAGE_LIMIT, Desk, UpqJob, blame, follow_up
 from upq.process import Processes
 from upq.queue import CRASH_LIMIT, Queue
@@ -225,7 +225,8 @@ class Runner:
             log.warning("its thread does not come back: another takes its place")
             kind = self._types.by_name.get(job.type)
             then = self._then(job, kind, None, outcome) if kind is not None else []
-            self._end(job, outcome, then, time.monotonic() - GRACE_S - plugin.timeout_s)
+            ran_s = (when.now() - (job.started_at or when.now())) / 1e6
+            self._end(job, outcome, then, time.monotonic() - ran_s)
 
     # What follows
 
