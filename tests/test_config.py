@@ -494,6 +494,7 @@ def test_without_a_password_anybody_may_read_the_file(write: Callable[..., None]
         ("[job a]\nsubmit = @no-such", "2: submit: @no-such is not known on this machine"),
         ("[job a]\nnotify_fail = syslog", "2: nobody is told: no job type notify is enabled"),
         ("[job a]\nsubjobs = b\n[job b]\nenabled = no", "2: subjobs: [job b] is not enabled"),
+        ("[job a]\non_fail = b\n[job b]\nenabled = no", "2: on_fail: [job b] is not enabled"),
         ("[job a]\ncwd = /tmp", "2: cwd: means nothing without command"),
         ("[job a]\ncommand = x\nretry_codes = 75", "3: retry_codes: nothing is tried again"),
         ("[job a]", "1: [job a] is disabled: no a.py in jobs_dir"),
@@ -637,7 +638,6 @@ FAULTS = [
         4,
         "missed: 'never' is none",
     ),
-    ("[job a]\non_fail = b", 2, "on_fail: not yet available in this version"),
     # Values
     ("[job a]\nenabled = maybe", 2, "enabled: 'maybe' is not yes or no"),
     (
@@ -787,6 +787,37 @@ FAULTS = [
         "[job c]\nsubjobs = a\n[job a]\nsubjobs = b\n[job b]\nsubjobs = a",
         4,
         "go round: a -> b -> a",
+    ),
+    ("[job a]\nsubjobs = b (c\n[job b]\n[job c]", 2, "subjobs: ( without )"),
+    ("[job a]\nsubjobs = b)\n[job b]", 2, "subjobs: ) without ("),
+    ("[job a]\nsubjobs = b ()\n[job b]", 2, "subjobs: () is empty"),
+    ("[job a]\nsubjobs = (b (c))\n[job b]\n[job c]", 2, "( stands inside another group"),
+    ("[job a]\nsubjobs = (b c b)\n[job b]\n[job c]", 2, "b stands twice in one group"),
+    (
+        "[job a]\nsubjobs = (b c) (b c)\n[job b]\n[job c]",
+        2,
+        "after (b c) comes the one job that joins it",
+    ),
+    (
+        "[job a]\nsubjobs = b (c hsah)\n[job b]\n[job c]\n[job hash]",
+        2,
+        "subjobs: no section [job hsah] (did you mean hash?)",
+    ),
+    ("[job a]\nsubjobs = (b c)\n[job b]\n[job c]\nsubjobs = a", 2, "go round: a -> c -> a"),
+    ("[job a]\non_fail = b", 2, "on_fail: no section [job b]"),
+    ("[job a]\non_done = b", 2, "on_done: no section [job b]"),
+    ("[job a]\non_fail = a", 2, "on_fail: go round: a -> a"),
+    ("[job a]\nsubjobs = b\n[job b]\non_fail = a", 2, "subjobs: go round: a -> b -> a"),
+    ("[job b]\non_fail = a\n[job a]\non_done = b", 2, "on_fail: go round: b -> a -> b"),
+    ("[job a]\non_fail = notify\n[job notify]", 2, "on_fail: notify is queued by upq itself"),
+    ("[job a]\ndelay = soon", 2, "delay: 'soon' is not a duration"),
+    ("[job a]\ndelay = {minutes}x", 2, "delay: '1x' is not a duration"),
+    ("[job a]\ndelay = {minutes}m}", 2, "lone brace"),
+    ("[job a]\nparams = up\ndelay = {ups}", 3, "delay: no parameter 'ups' (did you mean up?)"),
+    (
+        "[job a]\nparams = up\nsecret = up\ndelay = {up}",
+        4,
+        "delay: up is secret, and the time of a start is shown",
     ),
 ]
 

@@ -15,7 +15,7 @@ FLOORS = (
     "errors job when events clock log systemd interrupt pipes shim trees",
     "access params wire gates rates spawn secret webhook",
     "protocol plugins notify schema client draws vault",
-    "command health keeper migrations",
+    "command health keeper migrations workflow",
     "db cli",
     "sql",
     "writer statements",

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from upq import webhook as webhooks
-from upq import when
+from upq import when, workflow
 from upq.access import unknown_principals
 from upq.errors import ConfigError, RequestError
 from upq.gates import Free, Gate, Load, Window
@@ -29,11 +29,13 @@ from upq.job import REPLACE, WHEN_BUSY
 from upq.kinds import (
     ALLOWED,
     AMOUNTS,
+    CHAIN,
     COMMAND,
     CONCURRENT,
     CPU_TIME,
     CRON,
     DATABASE,
+    DELAY,
     DESCRIPTOR,
     DURATION,
     ENVIRONMENT,
@@ -364,8 +366,26 @@ class JobSettings:
     alert_no_success_s: float = setting(
         DURATION, "0", "The same when no job was done for so long, or ever; 0: no."
     )
-    subjobs: tuple[str, ...] = setting(
-        NAMES, "", "Job types that follow one after another on success, with the same parameters."
+    subjobs: tuple[str | tuple[str, ...], ...] = setting(
+        CHAIN,
+        "",
+        "Job types that follow one after another on success, with the same parameters and what a"
+        " result adds: `a b (c d) e` runs c and d side by side, and e when both are done.",
+    )
+    on_done: tuple[str, ...] = setting(
+        NAMES, "", "Job types that also follow on success, each for itself."
+    )
+    on_fail: tuple[str, ...] = setting(
+        NAMES,
+        "",
+        "Job types that are queued when a job has failed for good or has expired. They get its"
+        " `type`, `id`, `root`, `state`, `reason`, `params`, `message` and `output`.",
+    )
+    delay: str = setting(
+        DELAY,
+        "",
+        "Its jobs start so long after they were queued, or after what they wait for is done: `20s`,"
+        " `{uptime}`. Meanwhile they hold no place; `@in` and `@at` of a submit win.",
     )
     executor: str = setting(
         one_of("thread", "process"),
@@ -634,7 +654,7 @@ NAMED = {
 }
 
 #: What later versions bring: refused clearly rather than ignored. "" holds sections.
-LATER = {"": ("http", "autoscale"), "listen": ("tls", "tokens"), "job": ("on_fail",)}
+LATER = {"": ("http", "autoscale"), "listen": ("tls", "tokens")}
 
 #: Settings of a `[job ...]` that say how its command runs.
 COMMAND_ONLY = {
@@ -804,6 +824,7 @@ def _with_params(job: JobSettings, ini: Ini) -> JobSettings:
         names = job.params.names
         used += [("queue", name) for name in names_in(job.queue)]
         used += [("serial", name) for name in names_in(job.serial)]
+        used += [("delay", name) for name in names_in(job.delay)]
         used += [("rate", name) for name in names_in(job.rate.per if job.rate else "")]
         used += [("unique", name) for name in (job.unique and job.unique.names) or ()]
         for key, name in used + [("secret", name) for name in job.secret]:
@@ -813,10 +834,12 @@ def _with_params(job: JobSettings, ini: Ini) -> JobSettings:
     for name in sorted(job.secret & set(names_in(job.queue))):
         place = ini.place(f"job {job.name}", "queue")
         ini.fault(place, f"queue: {name} is secret, and a queue's name is shown to all")
-    for name in names_in(job.serial):
-        if name in job.secret:
-            place = ini.place(f"job {job.name}", "serial")
-            ini.fault(place, f"serial: {name} is secret, and the text of a turn is shown")
+    for key, text, shown_ in (
+        ("serial", job.serial, "the text of a turn"), ("delay", job.delay, "the time of a start"),
+    ):  # fmt: skip
+        for name in sorted(job.secret & set(names_in(text))):
+            place = ini.place(f"job {job.name}", key)
+            ini.fault(place, f"{key}: {name} is secret, and {shown_} is shown")
     if job.rate and job.rate.per:
         _check_pace(job, job.rate.per, ini)
     for name in sorted(job.secret.intersection(names_in(" ".join(job.command or ())))):
@@ -925,20 +948,27 @@ def _check_limits(
             ini.fault(ini.place("node", "pools"), f"pools: no [pool {name}]{suggest(name, pools)}")
 
 
-def _check_subjobs(jobs: Mapping[str, JobSettings], ini: Ini) -> None:
-    graph = {}
+def _check_followers(jobs: Mapping[str, JobSettings], ini: Ini) -> None:
+    """Types that follow others have to be there, and none may come to follow itself."""
+    #: Of each type those that follow, each with the setting that says so.
+    graph: dict[str, dict[str, str]] = {}
     for job in jobs.values():
-        graph[job.name] = dict.fromkeys(job.subjobs)
-        for name in job.subjobs:
-            place = ini.place(f"job {job.name}", "subjobs")
-            if name not in jobs:
-                ini.fault(place, f"subjobs: no section [job {name}]{suggest(name, jobs)}")
-            elif job.enabled and not jobs[name].enabled:
-                ini.warn(place, f"subjobs: [job {name}] is not enabled")
+        graph[job.name] = {}
+        following = ("on_fail", job.on_fail), ("on_done", job.on_done)
+        for key, names in (*following, ("subjobs", workflow.names(job.subjobs))):
+            graph[job.name] |= dict.fromkeys(names, key)
+            place = ini.place(f"job {job.name}", key)
+            for name in names:
+                if name not in jobs:
+                    ini.fault(place, f"{key}: no section [job {name}]{suggest(name, jobs)}")
+                elif name == NOTIFY:
+                    ini.fault(place, f"{key}: notify is queued by upq itself")
+                elif job.enabled and not jobs[name].enabled:
+                    ini.warn(place, f"{key}: [job {name}] is not enabled")
     while circle := _circle(graph):
-        place = ini.place(f"job {circle[0]}", "subjobs")
-        ini.fault(place, f"subjobs: go round: {' -> '.join(circle)}")
-        del graph[circle[0]][circle[1]]
+        key = graph[circle[0]].pop(circle[1])
+        place = ini.place(f"job {circle[0]}", key)
+        ini.fault(place, f"{key}: go round: {' -> '.join(circle)}")
 
 
 def _circle(graph: Mapping[str, Iterable[str]]) -> list[str]:
@@ -1138,7 +1168,7 @@ def load(
     tokens = _tokens(ini)
     _check_limits(jobs, tokens, parts["node"], pools, ini)
     schedules = _schedules(_named("schedule", ini), jobs, ini)
-    _check_subjobs(jobs, ini)
+    _check_followers(jobs, ini)
     _check_urls(jobs, parts["webhook"], ini, thorough)
     _warn_of_silence(jobs, modules, ini)
     _warn_of_strangers(parts["access"], jobs, ini)

@@ -59,6 +59,7 @@ from upq.record import encode
 from upq.secret import mask, scrub
 from upq.views import AHEAD_LIMIT, Filter, Found, Pace, Views
 from upq.wire import Ack
+from upq.workflow import DELAY
 
 log = logging.getLogger(__name__)
 
@@ -202,8 +203,10 @@ class Dispatcher:
         new.priority = kind.cfg.priority
         if kind.cfg.queue or new.queue:
             self._set_queue(new, kind, new.queue)
+        if kind.cfg.delay:
+            kind.put_off(new)
         if kind.limited:
-            new.limits = kind.limits(new.params)
+            new.limits = kind.limits(new.params, new.run_at)
         if kind.checks:
             self._ask(kind, new.params)
         stored = self._queue.submit([[new]])[0]
@@ -225,9 +228,12 @@ class Dispatcher:
             self._set_options(new, kind, request.options)
             if kind.cfg.queue or request.options.queue:
                 self._set_queue(new, kind, request.options.queue)
+            if kind.cfg.delay and request.options.in_s is None:
+                kind.put_off(new)
         except RequestError as error:
             log.warning("%s: %s", who, error)
-        new.run_at = at + round((request.options.in_s or 0) * 1e6)
+        in_us = round((request.options.in_s or 0) * 1e6)
+        new.run_at = at + int(new.options.get(DELAY, in_us))
         self._types.limit([new], request.options.expires_s)
         return new
 
@@ -264,6 +270,8 @@ class Dispatcher:
             self._set_queue(new, kind, options.queue)
         if options is not protocol.NO_OPTIONS:
             self._set_options(new, kind, options)
+        if kind.cfg.delay and new.run_at is None:
+            kind.put_off(new)
         if kind.limited or options.expires_s is not None:
             new.limits = kind.limits(params, new.run_at, options.expires_s)
         if self._max_queue:

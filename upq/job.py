@@ -5,6 +5,7 @@ Times are integers, microseconds since 1970 UTC, in fields that end in `_at`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -29,6 +30,9 @@ FINAL = frozenset((DONE, FAILED, CANCELLED, EXPIRED))
 #: What a type does with a submit while jobs of it, or of the same `serial` key, are unfinished:
 #: wait behind them, be refused, or take the place of those that have not started.
 QUEUE, REJECT, REPLACE = WHEN_BUSY = ("queue", "reject", "replace")
+
+#: What follows a job: types one after another, and lists of types that run side by side.
+Chain = Sequence[str | Sequence[str]]
 
 #: Names for `@priority:`; larger goes first.
 PRIORITIES = {"high": 10, "default": 0, "low": -10}
@@ -121,6 +125,8 @@ class NewJob:
     root: int | None = None
     child_key: str | None = None
     limits: Limits | None = None
+    #: Jobs queued together with it whose results it waits for.
+    joins: tuple[NewJob, ...] = ()
 
 
 class Accepted(NamedTuple):

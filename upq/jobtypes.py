@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import random
@@ -29,6 +30,7 @@ from upq.queue import Lane
 from upq.record import canonical, digest
 from upq.secret import secret_texts
 from upq.trees import Lifeline
+from upq.workflow import DELAY
 
 log = logging.getLogger(__name__)
 
@@ -98,10 +100,13 @@ class JobType:
         return self.params.check(params, self.secret)
 
     def at_run(self, data: Mapping[str, Any]) -> dict[str, Any]:
-        """jobdata for a run: as `accept`, but a chain may carry more than the type declares."""
+        """jobdata for a run: as `accept`, but a chain may carry more than the type declares.
+
+        What a branch without a result hands on counts as not given.
+        """
         if self.params is None:
             return dict(data)
-        declared = {name: data[name] for name in self.params.names if name in data}
+        declared = {n: data[n] for n in self.params.names if data.get(n) is not None}
         return {**data, **self.params.check(declared, self.secret)}
 
     @cached_property
@@ -155,6 +160,21 @@ class JobType:
         """
         self._pace(params)
         return fill_key(self.cfg.serial, params) if self.cfg.serial else ""
+
+    def put_off(self, new: NewJob) -> None:
+        """Give a job the delay of its type. Raises BadParams."""
+        text = fill_key(self.cfg.delay, new.params, "delay")
+        try:
+            delay_us = round(when.duration(text) * 1e6)
+        except ValueError as error:
+            raise BadParams(f"delay = {self.cfg.delay}: {error}") from None
+        new.options[DELAY] = delay_us
+        new.run_at = when.now() + delay_us
+
+    def time_of(self, job: Job) -> None:
+        """Raises BadParams for a job that no delay could be read for."""
+        if self.cfg.delay and DELAY not in job.options and job.run_at is None:
+            self.put_off(NewJob(job.type, job.params))
 
     def _pace(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """What `rate ... per` says for a job with these params. Raises BadParams."""
@@ -247,10 +267,20 @@ class JobTypes:
             log.warning("%s goes to the queue %s: %s", name, name, error)
             return name
 
-    def priority(self, name: str) -> int:
-        """What a type's section says, for jobs that no submit has made."""
+    def step(self, of: Job, name: str, params: dict[str, Any], options: dict[str, Any]) -> NewJob:
+        """A job that the end of another calls for.
+
+        One that lacks what `delay` asks for fails when it runs.
+        """
         kind = self.by_name.get(name)
-        return kind.cfg.priority if kind else 0
+        new = NewJob(name, params, self.queue_of_step(name, params), options=options,
+                     submitter=of.submitter, parent=of.id, root=of.root)  # fmt: skip
+        if kind is not None:
+            new.priority = kind.cfg.priority
+            if kind.cfg.delay:
+                with contextlib.suppress(BadParams):
+                    kind.put_off(new)
+        return new
 
     def limit(self, new: list[NewJob], expires_s: float | None = None) -> None:
         """Hold jobs that an end or a schedule calls for to the limits of their types.

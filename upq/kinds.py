@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
-from upq import log, webhook, when
+from upq import log, webhook, when, workflow
 from upq.errors import BadParams
 from upq.gates import Free, Load, Window
 from upq.job import PRIORITIES
@@ -23,6 +23,7 @@ from upq.notify import parse_target, split_targets
 from upq.params import (
     BOOLEANS,
     ParamSpec,
+    filled,
     names_in,
     queue_name,
     queue_template,
@@ -326,6 +327,12 @@ def _patterns(text: str) -> tuple[Pattern, ...]:
     return tuple(found)
 
 
+def _delay(text: str) -> str:
+    refuse_lone_braces(_one_line(text))
+    when.duration(filled(text, dict.fromkeys(names_in(text), "1")) or "")
+    return text
+
+
 def _amounts(text: str) -> dict[str, int]:
     found: dict[str, int] = {}
     for word in _list(text):
@@ -398,6 +405,8 @@ NAMES: Kind[tuple[str, ...]] = Kind("names", _list, ())
 NAME_SET: Kind[frozenset[str]] = Kind("names", lambda text: frozenset(_list(text)), frozenset())
 PARAMS: Kind[ParamSpec | None] = Kind("parameters", ParamSpec.parse, None)
 UNIQUE: Kind[Unique | None] = Kind("parameters", _unique, None)
+CHAIN: Kind[tuple[str | tuple[str, ...], ...]] = Kind("chain", workflow.parse, ())
+DELAY = Kind("duration", _delay, "")
 KEY = Kind("text with {parameters}", lambda text: _template(_one_line(text)), "")
 COMMAND: Kind[tuple[str, ...] | None] = Kind("command line", split_command, None)
 EXIT_CODES: Kind[tuple[int, ...]] = Kind("whole numbers", _exit_codes, ())

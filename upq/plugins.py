@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
 from upq.errors import Broken, UpqError
 from upq.interrupt import Door
-from upq.job import DONE, Output
+from upq.job import DONE, Chain, Output
 from upq.params import ParamSpec
 from upq.secret import MASK, SHORT, open_end, scrub
 
@@ -253,7 +253,7 @@ class UpqJob:
         *,
         jobid: int = -1,
         desk: Desk | None = None,
-        chain: Sequence[str] = (),
+        chain: Chain = (),
         attempt: int = 1,
         output_limit_bytes: int = OUTPUT_LIMIT_BYTES,
     ) -> None:
@@ -580,6 +580,6 @@ def line_of(cls: type, fault: str) -> int:
     return found[0] if found else start
 
 
-def follow_up(job: UpqJob) -> tuple[list[str], list[bool]]:
+def follow_up(job: UpqJob) -> tuple[Chain, list[bool]]:
     """The steps still to come after this job, and the notifications it asked for itself."""
     return job._chain, job._notify_asked

@@ -61,6 +61,7 @@ from upq.record import (
 )
 from upq.sql import Tx
 from upq.vault import Vault
+from upq.workflow import JOINS, option, tie
 from upq.writer import Replay, Writer
 
 log = logging.getLogger(__name__)
@@ -352,6 +353,8 @@ class Queue:
             # jobs of a line could wait for each other.
             self._skip_ids()
             first = self.reserve_ids(len(jobs))
+        if any(one.joins for one in jobs):
+            tie(jobs, first)
         made = [self.row(one, first + i, now) for i, one in enumerate(jobs)]
         limits = [one.limits for one in jobs] if any(one.limits for one in jobs) else None
         return Submit(made, [one.after for one in jobs], jobs[0].submitter if jobs else "", limits)
@@ -510,7 +513,10 @@ class Queue:
             unique = limits.get("unique", "")
             if unique in taken:
                 continue
-            if limits and (holder := batch.limiter.again(id, limits)) is not None:
+            # A join comes to its line when it could start.
+            in_line = "line" in limits and not (waits and option(options, JOINS))
+            keys = limits if in_line else {**limits, "line": None}
+            if limits and (holder := batch.limiter.again(id, keys)) is not None:
                 if alone:
                     raise KeyTaken(id, holder)
                 continue
@@ -528,7 +534,7 @@ class Queue:
                 reason, ready = turn_reason(limits), None
             changed.append((id, new, ready, reason))
             batch.moved(id, lane_id, state, new, reason="retry", who=who)
-            if "line" in limits:
+            if in_line:
                 batch.limiter.came(id, limits["line"])
         if changed:
             batch.tx.run_rows(st.REOPEN, changed)

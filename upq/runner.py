@@ -7,17 +7,18 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from upq import log as logs
-from upq import notify, when
+from upq import notify, when, workflow
 from upq.attempt import AWAY, BROKEN, CRASHED, RETRY, TIMEOUT, UNFIT, Report, left, with_fault
 from upq.db import one_line
 from upq.errors import BadParams, RequestError
 from upq.executor import Executor, Threads
 from upq.health import Wish
 from upq.interrupt import Abandoned
-from upq.job import CANCELLED, DONE, EXPIRED, FAILED, QUEUED, Job, NewJob, Outcome
+from upq.job import CANCELLED, DONE, EXPIRED, FAILED, QUEUED, Chain, Job, NewJob, Outcome
 from upq.jobtypes import JobType, JobTypes
 from upq.keeper import Keeper
 from upq.plugins import MESSAGE_LIMIT, Desk, UpqJob, blame, follow_up
@@ -26,6 +27,7 @@ from upq.queue import CRASH_LIMIT, Queue
 from upq.record import LOCKED, crashes_of
 from upq.secret import scrub
 from upq.trees import Lifeline
+from upq.workflow import CHAIN
 
 log = logging.getLogger(__name__)
 
@@ -135,10 +137,11 @@ class Runner:
         try:
             data = kind.at_run(own_copy(job.data))
             kind.turn_of(job.params)
+            kind.time_of(job)
         except BadParams as error:
             return None, Outcome(FAILED, str(error), reason="bad params")
         executor = self.executors[kind.cfg.executor]
-        chain = job.options.get("chain", kind.cfg.subjobs)
+        chain = job.options.get(CHAIN, kind.cfg.subjobs)
         facts = {"jobid": job.id, "chain": chain, "attempt": job.attempt}
         plugin = executor.make(kind, data, self.desk, facts)
         plugin.token = job.token
@@ -233,7 +236,7 @@ class Runner:
     def _then(
         self, job: Job, kind: JobType, plugin: UpqJob | None, outcome: Outcome
     ) -> list[NewJob]:
-        """The jobs that this end calls for: the next step of the chain, and notifications."""
+        """The jobs that this end calls for: notifications, and those that follow."""
         if outcome.state == QUEUED:
             return []
         chain, asked = follow_up(plugin) if plugin else ([], [])
@@ -252,15 +255,22 @@ class Runner:
             ended_at=when.now(),
             jobcfg=kind.cfg.variables,
         )
-        if outcome.state == DONE and chain:
-            data = job.data if outcome.data is None else outcome.data
-            options = {"chain": list(chain[1:])}
-            queue = self._types.queue_of_step(chain[0], data)
-            then.append(NewJob(chain[0], data, queue, options=options, submitter=job.submitter,
-                               priority=self._types.priority(chain[0]), parent=job.id,
-                               root=job.root))  # fmt: skip
+        then += self._follow(job, kind, chain, outcome)
         self._types.limit(then)
         return then
+
+    def _follow(self, job: Job, kind: JobType, chain: Chain, outcome: Outcome) -> list[NewJob]:
+        """What `subjobs`, `on_done` and `on_fail` say."""
+        if outcome.state == DONE and (chain or kind.cfg.on_done):
+            data = job.data if outcome.data is None else outcome.data
+            handed = workflow.handed_on(data, outcome.result)
+            make = partial(self._types.step, job, params=handed)
+            found = workflow.following(chain, job.options.get(workflow.JOIN), make)
+            return found + [make(name, options={}) for name in kind.cfg.on_done]
+        if outcome.state in (FAILED, EXPIRED) and kind.cfg.on_fail:
+            told = workflow.failure(job, outcome, self._types.secret, kind.cfg.variables)
+            return [self._types.step(job, name, told, {}) for name in kind.cfg.on_fail]
+        return []
 
     def crashed(self, job: Job) -> tuple[list[NewJob], Wish | None]:
         """What the end of a job that has killed its daemon too often calls for."""

@@ -218,13 +218,12 @@ def lower_waits(dialect: str) -> ClauseElement:
 def waits_of(dialect: str) -> ClauseElement:
     r = over_ids(dialect)
     return sa.select(
-        job.c.id, job.c.lane, job.c.run_at, job.c.attempt, job.c.waits, job.c.state,
-        job.c.serial_key, job.c.options,
+        job.c.id, job.c.lane, job.c.run_at, job.c.attempt, job.c.waits, job.c.state, job.c.options
     ).where(job.c.id == r.c.id)  # fmt: skip
 
 
 def free_jobs(dialect: str) -> ClauseElement:
-    r = rows(dialect, id=int, ready=int, due_at=int)
+    r = rows(dialect, id=int, ready=int, due_at=int, run_at=int)
     return (
         sa.update(job)
         .values(
@@ -233,10 +232,31 @@ def free_jobs(dialect: str) -> ClauseElement:
                 job.c.reason: "",
                 job.c.ready: r.c.ready,
                 job.c.due_at: r.c.due_at,
+                job.c.run_at: r.c.run_at,
             }
         )
         .where(job.c.id == r.c.id, job.c.waits == 0)
     )
+
+
+def needs_of(dialect: str) -> ClauseElement:
+    r = over_ids(dialect)
+    return sa.select(edge.c.job, edge.c.needs).where(edge.c.job == r.c.id)
+
+
+def results_of(dialect: str) -> ClauseElement:
+    r = over_ids(dialect)
+    return sa.select(job.c.id, job.c.result).where(job.c.id == r.c.id)
+
+
+def data_of(dialect: str) -> ClauseElement:
+    r = over_ids(dialect)
+    return sa.select(job.c.id, sa.func.coalesce(job.c.data, job.c.params)).where(job.c.id == r.c.id)
+
+
+def set_data(dialect: str) -> ClauseElement:
+    r = rows(dialect, id=int, data=str)
+    return sa.update(job).values({job.c.data: r.c.data}).where(job.c.id == r.c.id)
 
 
 def block_jobs(dialect: str) -> ClauseElement:
@@ -311,6 +331,10 @@ LOWER_WAITS = Sql(lower_waits)
 WAITS_OF = Sql(waits_of)
 FREE_JOBS = Sql(free_jobs)
 BLOCK_JOBS = Sql(block_jobs)
+NEEDS_OF = Sql(needs_of)
+RESULTS_OF = Sql(results_of)
+DATA_OF = Sql(data_of)
+SET_DATA = Sql(set_data)
 MAKE_READY = Sql(make_ready)
 REQUEUE_JOBS = Sql(requeue_jobs)
 DELETE_JOBS = Sql(delete_by(job.c.id))

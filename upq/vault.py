@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,18 @@ class Vault:
             return json.loads(text)
         return self._opened(json.loads(text[1:]), lenient)
 
+    def merged(self, text: str, members: Mapping[str, str]) -> str:
+        """The stored text of an object with more members, each a stored text.
+
+        What is encrypted stays as it is: its key may be missing.
+        """
+        if not any(each.startswith(SEALED) for each in (text, *members.values())):
+            return self.encode(
+                {**json.loads(text), **{n: json.loads(t) for n, t in members.items()}}
+            )
+        more = {name: self._closed(each) for name, each in members.items()}
+        return SEALED + _dump({**self._closed(text), **more})
+
     def same(self, text: str, other: str) -> bool:
         """Whether two stored texts mean the same. Raises NoKey."""
         return text == other or bool(self.decode(text) == self.decode(other))
@@ -84,6 +96,13 @@ class Vault:
             name: self._seal(each) if name in secret else self._sealed(each, secret, hidden)
             for name, each in value.items()
         }
+
+    def _closed(self, text: str) -> Any:
+        """What was stored, with what is encrypted as it is."""
+        if text.startswith(SEALED):
+            return json.loads(text[1:])
+        value = json.loads(text)
+        return self._sealed(value, self._secret(), []) if self._first else value
 
     def _seal(self, value: Any) -> dict[str, str]:
         name = self._first

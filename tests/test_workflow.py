@@ -1,0 +1,343 @@
+"""Chains: steps, branches side by side and the job that joins them, on a store of each kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from textwrap import indent
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from tests import stores
+from tests.stores import Store
+from upq import config, schema
+from upq.job import (
+    BLOCKED,
+    CANCELLED,
+    DONE,
+    EXPIRED,
+    FAILED,
+    QUEUED,
+    Job,
+    NewJob,
+)
+from upq.jobtypes import JobTypes
+from upq.runner import Runner
+from upq.workflow import following, handed_on, names, parse
+
+database, url, store = stores.database, stores.url, stores.store
+
+
+# What a text spells
+
+
+def test_names_are_steps_and_brackets_hold_what_runs_side_by_side() -> None:
+    assert parse("a b (c d) e") == ("a", "b", ("c", "d"), "e")
+    assert parse("(c,d)e") == (("c", "d"), "e")
+    assert parse("a, b") == ("a", "b")
+    assert parse("( a )") == (("a",),)
+    assert parse("") == ()
+    assert names(parse("a (b a) c")) == ["a", "b", "c"]
+
+
+def made(name: str, *, options: dict[str, Any]) -> NewJob:
+    return NewJob(name, {}, options=options)
+
+
+def test_a_step_carries_what_is_left_and_who_waits_for_it() -> None:
+    (step,) = following(["a", ["b", "c"], "d"], None, made)
+    assert (step.type, step.options, step.joins) == ("a", {"chain": [["b", "c"], "d"]}, ())
+    (step,) = following(["a"], 7, made)
+    assert step.options == {"chain": [], "join": 7}
+    assert following([], 7, made) == []
+
+
+def test_a_group_comes_with_the_job_that_joins_it() -> None:
+    b, c, d = following([["b", "c"], "d", "e"], None, made)
+    assert [one.options for one in (b, c, d)] == [{"chain": []}, {"chain": []}, {"chain": ["e"]}]
+    assert d.joins == (b, c)
+    assert [one.type for one in following([["b", "c"]], None, made)] == ["b", "c"]
+
+
+def test_the_keys_of_a_result_join_the_data_and_win() -> None:
+    assert handed_on({"a": 1, "b": 1}, {"b": 2, 3: 4}) == {"a": 1, "b": 2, "3": 4}
+    for result in None, 5, "text", ["list"]:
+        assert handed_on({"a": 1}, result) == {"a": 1}
+
+
+# On a store
+
+
+class Plant:
+    """Job types, and a runner for them that is told which job to run."""
+
+    def __init__(self, folder: Path, store: Store) -> None:
+        self.folder = folder
+        self.store = store
+        (folder / "jobs").mkdir()
+        self.sections: dict[str, str] = {}
+        self.opened: Runner | None = None
+
+    def offer(self, names: str, run: str = "pass", **settings: str) -> None:
+        """Job types with this body of run()."""
+        for name in names.split():
+            head = (
+                f"from upq import UpqJob\n\n\nclass {name.title()}(UpqJob):\n    def run(self):\n"
+            )
+            (self.folder / f"jobs/{name}.py").write_text(head + indent(run, " " * 8) + "\n")
+            values = "".join(f"{key} = {value}\n" for key, value in settings.items())
+            self.sections[name] = f"[job {name}]\n{values}"
+
+    def configure(self) -> None:
+        text = f"[paths]\njobs_dir = jobs\n{''.join(self.sections.values())}"
+        (self.folder / "upq.cfg").write_text(text)
+        self.types = JobTypes(config.load(self.folder / "upq.cfg"))
+        self.opened = Runner(self.store.queue, self.types)
+
+    def run(self, job: Job) -> Job:
+        """One attempt of a claimed job, and its end."""
+        if self.opened is None:
+            self.configure()
+        assert self.opened is not None
+        self.opened.run(job, lambda plugin: None)
+        return job
+
+    def next(self, type: str) -> Job:
+        """The next job of a type, run to its end."""
+        job = self.run(self.store.claim_one(type))
+        self.store.flush()
+        return job
+
+    def start(self, type: str = "first", **fields: Any) -> int:
+        """Submit a job and run it to its end."""
+        self.store.submit(type, **fields)
+        return self.next(type).id
+
+    def seen(self, type: str) -> list[Any]:
+        """The rows of a type."""
+        query = sa.select(schema.job).where(schema.job.c.type == type).order_by(schema.job.c.id)
+        return self.store.fetch(query)
+
+    def one(self, type: str) -> dict[str, Any]:
+        (row,) = self.seen(type)
+        return self.store.views.job(row.id)
+
+    def state(self, type: str) -> str:
+        return str(self.one(type)["state"])
+
+
+@pytest.fixture
+def plant(tmp_path: Path, store: Store) -> Plant:
+    return Plant(tmp_path, store)
+
+
+def fork(plant: Plant, **join: str) -> None:
+    """first, then left and right side by side, then join and last."""
+    plant.offer("first", "return {'seed': 1}", subjobs="(left right) join last")
+    plant.offer("left right", "return {'made': self.jobname}")
+    plant.offer("join", "return {'joined': sorted(self.jobdata)}", **join)
+    plant.offer("last", "return self.jobdata")
+
+
+def test_the_end_of_a_job_brings_its_branches_and_the_blocked_join(plant: Plant) -> None:
+    fork(plant)
+    first = plant.start(params={"x": 0}, submitter="alice")
+    (left,), (right,), (join,) = plant.seen("left"), plant.seen("right"), plant.seen("join")
+    assert first < left.id < right.id < join.id
+    assert [row.state for row in (left, right, join)] == [QUEUED, QUEUED, BLOCKED]
+    assert join.reason == f"waits for {left.id}, {right.id}"
+    for row in left, right, join:
+        shown = plant.store.views.job(row.id)
+        assert (row.parent, row.root, row.submitter) == (first, first, "alice")
+        assert shown["params"] == {"x": 0, "seed": 1}
+    assert plant.seen("last") == []
+
+
+def test_a_join_gets_the_results_of_its_branches_by_their_types(plant: Plant) -> None:
+    fork(plant)
+    plant.start(params={"x": 0})
+    plant.next("right")
+    join = plant.one("join")
+    assert join["state"] == BLOCKED
+    assert join["jobdata"] == {"x": 0, "seed": 1, "right": {"made": "right"}}
+    plant.next("left")
+    join = plant.one("join")
+    assert (join["state"], join["reason"]) == (QUEUED, "")
+    data = {"x": 0, "seed": 1, "left": {"made": "left"}, "right": {"made": "right"}}
+    assert (join["params"], join["jobdata"]) == ({"x": 0, "seed": 1}, data)
+    plant.next("join")
+    plant.next("last")
+    assert plant.one("last")["result"] == {**data, "joined": ["left", "right", "seed", "x"]}
+    assert plant.store.fetch(sa.select(schema.edge)) == []
+
+
+def test_branches_that_end_in_one_transaction_both_hand_on_what_they_have(plant: Plant) -> None:
+    fork(plant)
+    plant.start()
+    for type in "left", "right":
+        plant.run(plant.store.claim_one(type))
+    plant.store.flush()
+    assert plant.one("join")["jobdata"].keys() == {"seed", "left", "right"}
+    assert plant.state("join") == QUEUED
+
+
+def test_a_branch_without_a_result_hands_on_null_which_is_not_given(plant: Plant) -> None:
+    plant.offer("first", subjobs="(left right) join")
+    plant.offer("left", "return 3")
+    plant.offer("right")
+    plant.offer("join", "return self.jobdata", params="left:int right=none")
+    plant.start()
+    plant.next("left"), plant.next("right"), plant.next("join")
+    assert plant.one("join")["result"] == {"left": 3, "right": "none"}
+
+
+def test_a_join_whose_branches_left_what_it_does_not_take_fails(plant: Plant) -> None:
+    fork(plant, params="left:int right:json")
+    plant.start()
+    plant.next("left"), plant.next("right"), plant.next("join")
+    join = plant.one("join")
+    assert (join["state"], join["reason"]) == (FAILED, "bad params")
+    assert "left: {'made': 'left'} is not a whole number" in join["message"]
+
+
+def test_a_group_at_the_end_of_a_chain_has_no_join(plant: Plant) -> None:
+    plant.offer("first", subjobs="second (left right)")
+    plant.offer("second left right")
+    plant.start(), plant.next("second"), plant.next("left"), plant.next("right")
+    assert plant.state("left") == plant.state("right") == DONE
+
+
+def test_a_failed_branch_holds_the_join_until_it_is_retried(plant: Plant) -> None:
+    fork(plant)
+    plant.offer("right", "return 'ok' in self.jobcfg and 5")
+    plant.start()
+    right = plant.next("right").id
+    plant.next("left")
+    join = plant.one("join")
+    assert (join["state"], join["reason"]) == (
+        BLOCKED, f"job {right} is failed; `retry {right}` lets it go on",
+    )  # fmt: skip
+    plant.store.queue.retry(right, "root")
+    assert plant.one("join")["reason"] == f"waits for {right}"
+    plant.offer("right", "return 'ok' in self.jobcfg and 5", ok="1")
+    plant.configure()
+    plant.next("right")
+    plant.next("join")
+    assert plant.one("join")["jobdata"]["right"] == 5
+    assert plant.one("join")["jobdata"]["left"] == {"made": "left"}
+
+
+def test_a_cancelled_branch_holds_the_join(plant: Plant) -> None:
+    fork(plant)
+    plant.start()
+    (right,) = plant.seen("right")
+    plant.store.queue.cancel(right.id, "root")
+    plant.next("left")
+    assert plant.one("join")["reason"].startswith(f"job {right.id} is cancelled")
+    plant.store.queue.retry(right.id, "root")
+    plant.next("right")
+    assert plant.state("join") == QUEUED
+
+
+def test_a_join_waits_for_what_a_branch_has_appended_and_gets_its_result(plant: Plant) -> None:
+    fork(plant)
+    plant.offer("left", "self.append_job('more', {'b': 2})\nself.append_job('extra', {'a': 1})")
+    plant.offer("extra more", "return self.jobname")
+    plant.start()
+    plant.next("right")
+    left = plant.next("left")
+    assert plant.seen("more") == []
+    (extra,) = plant.seen("extra")
+    assert (extra.parent, plant.one("extra")["params"]) == (left.id, {"seed": 1, "a": 1, "b": 2})
+    assert plant.one("join")["reason"] == f"waits for {extra.id}"
+    plant.next("extra")
+    assert plant.state("join") == BLOCKED
+    plant.next("more")
+    join = plant.one("join")
+    assert (join["state"], join["jobdata"]["left"]) == (QUEUED, "more")
+    assert join["jobdata"]["right"] == {"made": "right"}
+    assert set(join["jobdata"]) == {"seed", "left", "right"}
+
+
+def test_follow_ups_of_a_job_that_is_done_are_each_for_themselves(plant: Plant) -> None:
+    plant.offer("first", "return {'n': 1}", on_done="other more", subjobs="last")
+    plant.offer("last")
+    plant.offer("other", subjobs="more")
+    plant.offer("more")
+    first = plant.start(params={"x": 0})
+    for type in "other", "more", "last":
+        assert plant.one(type)["params"] == {"x": 0, "n": 1}
+        assert plant.one(type)["parent"] == first
+    plant.next("other")
+    assert len(plant.seen("more")) == 2, "what follows a follow-up is what its section says"
+
+
+def test_a_failure_calls_for_neither_chain_nor_on_done(plant: Plant) -> None:
+    plant.offer("first", "return False", on_done="other", subjobs="other", on_fail="report")
+    plant.offer("other report")
+    plant.start()
+    assert plant.seen("other") == []
+    assert plant.state("report") == QUEUED
+
+
+def test_a_job_that_fails_for_good_calls_for_on_fail(plant: Plant) -> None:
+    plant.offer(
+        "first", "self.output.write('words')\nself.jobdata['x'] = 1\nraise ValueError('bad')",
+        on_fail="report more", retries="1", retry_delay="0",
+    )  # fmt: skip
+    plant.offer("report more")
+    first = plant.start(params={"x": 0}, submitter="alice")
+    assert plant.seen("report") == []
+    plant.store.queue.stage()
+    plant.next("first")
+    shown = plant.one("report")
+    told = shown["params"]
+    message = plant.one("first")["message"]
+    assert message.endswith("ValueError: bad")
+    assert told == {
+        "type": "first", "id": first, "root": first, "state": FAILED, "reason": "",
+        "params": {"x": 0}, "message": message, "output": "words",
+    }  # fmt: skip
+    assert (shown["parent"], shown["root"], shown["submitter"]) == (first, first, "alice")
+    assert plant.one("more")["params"] == told
+
+
+def test_on_fail_comes_for_what_has_expired_or_killed_its_daemon(plant: Plant) -> None:
+    plant.offer("first", on_fail="report", expires="1ms")
+    plant.offer("report")
+    plant.configure()
+    runner = plant.opened
+    assert runner is not None
+    (new,) = [NewJob("first", {})]
+    plant.types.limit([new])
+    (late,) = plant.store.accepted(new)
+    while plant.state("first") == QUEUED:
+        plant.store.queue.expire(runner.expired)
+    told = plant.one("report")["params"]
+    assert (told["id"], told["state"]) == (late.id, EXPIRED)
+    plant.store.submit("first")
+    dead = plant.store.claim_one("first")._replace(crashes=99)
+    plant.store.queue.rescue([dead], runner.crashed)
+    told = plant.store.views.job(plant.seen("report")[-1].id)["params"]
+    assert (told["id"], told["state"], told["reason"]) == (dead.id, FAILED, "crashed")
+
+
+def test_nobody_sees_to_what_somebody_has_cancelled(plant: Plant) -> None:
+    plant.offer("first", "self.cancel()\nreturn False", on_fail="report")
+    plant.offer("report")
+    plant.start()
+    assert plant.state("first") == CANCELLED
+    assert plant.seen("report") == []
+
+
+def test_what_sees_to_failures_may_fail_itself_and_ends_there(plant: Plant) -> None:
+    plant.offer("first report last", "return False")
+    plant.sections["first"] += "on_fail = report\n"
+    plant.sections["report"] += "on_fail = last\n"
+    first = plant.start()
+    report = plant.next("report").id
+    plant.next("last")
+    assert plant.one("last")["params"]["id"] == report
+    assert plant.one("last")["root"] == first
+    assert len(plant.store.fetch(sa.select(schema.job.c.id))) == 3
