@@ -30,7 +30,6 @@ from upq.errors import (
 )
 from upq.job import (
     BLOCKED,
-    CANCELLED,
     DONE,
     FAILED,
     FINAL,
@@ -526,11 +525,10 @@ class Dispatcher:
             return self._many("cancel", args, peer, [QUEUED, BLOCKED, RUNNING])
         job = self._managed(args["id"], peer, "cancel")
         self._alone(args)
-        token = self._queue.cancel(job["id"], peer.name)
-        if token:
-            self._claimer.cancel(self._queue.lane(job["queue"], job["type"]), token)
-        log.info("(%s:%d) cancelled by %s", job["type"], job["id"], peer.name)
-        return {"id": job["id"], "state": RUNNING if token else CANCELLED}
+        state, below = self._queue.cancel(job["id"], peer.name)
+        more = f", with {below} below it" if below else ""
+        log.info("(%s:%d) cancelled by %s%s", job["type"], job["id"], peer.name, more)
+        return {"id": job["id"], "state": state, "below": below}
 
     def _retry(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
         if "id" not in args:
@@ -583,12 +581,7 @@ class Dispatcher:
             return []
         if verb == "retry":
             return self._queue.retry_many(ids, peer.name)
-        tokens = self._queue.cancel_many(ids, peer.name)
-        for one in jobs:
-            token, lane = tokens.get(one.id, 0), self._queue.lanes.get(one.lane)
-            if token and lane:
-                self._claimer.cancel(lane, token)
-        return list(tokens)
+        return self._queue.cancel_many(ids, peer.name)[0]
 
     def _wait(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
         self._readable(args["id"], peer)
