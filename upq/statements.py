@@ -332,6 +332,22 @@ STATES_OF = Sql(states_of)
 CANCELLED_OF = Sql(cancelled_of)
 MARKS_OF = Sql(marks_of)
 CHILDREN_OF = Sql(lambda dialect: below(dialect, [job.c.id], CHUNK))
+#: What is read of each job of a tree.
+MEMBER = (
+    job.c.id, job.c.parent, job.c.type, job.c.state, job.c.child_key, job.c.created_at,
+    job.c.started_at, job.c.ended_at,
+    sa.case((job.c.state == RUNNING, job.c.progress)).label("progress"),
+    sa.case((job.c.state != DONE, job.c.options)).label("options"),
+)  # fmt: skip
+MEMBERS_OF = Sql(lambda dialect: below(dialect, MEMBER, big("most")))
+
+
+def needs_of(dialect: str) -> ClauseElement:
+    r = over_ids(dialect)
+    return sa.select(edge.c.job, edge.c.needs).where(edge.c.job == r.c.id)
+
+
+NEEDS_OF = Sql(needs_of)
 DEPENDENTS_OF = Sql(dependents_of)
 LOWER_WAITS = Sql(lower_waits)
 WAITS_OF = Sql(waits_of)
