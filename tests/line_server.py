@@ -99,11 +99,28 @@ class Desk:
             self.keys[key] = len(self.jobs)
         return wire.Ack(len(self.jobs), "queued")
 
-    def wait(self, id: int, timeout: float | None = None) -> Any:
-        return {"job": self.jobs[id - 1]}
+    def wait(self, id: int, timeout: float | None = None, whole: bool = False) -> Any:
+        one = self.jobs[id - 1]
+        return {"job": one, **({"whole": whole_of(one)} if whole else {})}
 
     def ping(self) -> Any:
         return {"pong": "2026-11-22T00:05:11.123456Z"}
+
+
+def whole_of(one: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """How a job with nothing below it is as a whole."""
+    return {
+        "state": one["state"],
+        "total": 1,
+        "expected": 1,
+        "counts": {one["state"]: 1},
+        "progress": 1.0,
+        "ended_at": one["ended_at"],
+        "more": False,
+        "left_out": 0,
+        "log_cut": False,
+        **fields,
+    }
 
 
 def job(id: int, type: str = "hash", params: Any = None, **fields: Any) -> dict[str, Any]:

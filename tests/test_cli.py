@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.line_server import Desk, LineServer, job
+from tests.line_server import Desk, LineServer, job, whole_of
 from upq import cli, wire
 from upq.errors import Refused, TimedOut
 from upq.protocol import Request
@@ -118,7 +118,7 @@ def test_words_that_begin_with_a_dash_are_sent_after_two_dashes(
 ) -> None:
     assert run("-v", "--", "test", "-x", "--json").stderr.endswith("Sent: 'test -x --json'\n")
     assert run("test", "-5", "--wait").returncode == 0
-    assert server.lines[-2:] == [b"test -5\n", b'{"verb":"wait","id":2}\n']
+    assert server.lines[-2:] == [b"test -5\n", b'{"verb":"wait","id":2,"whole":true}\n']
 
 
 def test_a_refusal_goes_to_stderr_and_is_1(server: LineServer, run: Cli) -> None:
@@ -218,6 +218,21 @@ def test_wait_follows_the_job_and_returns_its_outcome(server: LineServer, run: C
     done = run("--wait", "--json", "hash", "fail:1")
     assert (done.returncode, json.loads(done.stdout)["job"]["state"]) == (1, "failed")
     assert run("--wait", "--quiet", "hash").stdout == "4\n"
+
+
+def test_wait_returns_the_outcome_of_the_whole(server: LineServer, run: Cli) -> None:
+    whole = whole_of(job(1), state="failed", total=3, expected=4, progress=0.5,
+                     counts={"done": 2, "failed": 1})  # fmt: skip
+    server.answer = lambda request: (
+        wire.ok({"job": job(1), "whole": whole}, json=True)
+        if request.verb == "wait"
+        else wire.ack(1)
+    )
+    done = run("--wait", "hash")
+    assert done.returncode == 1
+    assert done.stdout.endswith("\nthe whole: failed, 50%: 2 done, 1 failed, 1 to come\n")
+    told = json.loads(run("--wait", "--json", "hash").stdout)
+    assert (told["whole"], told["job"]["state"]) == (whole, "done")
 
 
 def test_what_is_answered_at_once_is_not_waited_for(server: LineServer, run: Cli) -> None:
@@ -334,8 +349,12 @@ def test_show_is_a_block_and_a_time_line(server: LineServer, run: Cli) -> None:
         {"at": "2026-11-22T00:05:12.5Z", "state": "done", "reason": "", "message": "a\x1b[2Jb",
          "attempt": 1, "node": "n1", "who": ""},
     ]  # fmt: skip
+    below = {"depth": 1, **job(6, "copy", parent=5)}
+    log = [{"job": 6, "type": "copy", **history[1]}]
+    whole = whole_of(job(5), total=2, expected=3, counts={"done": 2}, progress=0.6667)
+    tree = [below, {**below, "id": 7, "depth": 2}]
     shown = {"job": job(5, params={"fid": 50}), "history": history, "children": [job(6)]}
-    answers(server, shown)
+    answers(server, {**shown, "tree": tree, "whole": whole, "log": log})
     run.env["NO_COLOR"] = "1"
     text = run.on_terminal("show", "5")
     assert text.startswith("id          5\ntype        hash\n")
@@ -344,7 +363,9 @@ def test_show_is_a_block_and_a_time_line(server: LineServer, run: Cli) -> None:
     assert "progress" not in text
     assert "\ntimeline\n2026-11-22 02:05:11.123  queued     by root\n" in text
     assert "\n2026-11-22 02:05:12.500  done       a\\x1b[2Jb\n" in text
-    assert "\nchildren\n" in text
+    assert "\nthe whole: done, 67%: 2 done, 1 to come\nID  TYPE    STATE  STARTED  " in text
+    assert "\n6   copy    done   2026-11-22 02:05:11  0.9s  all is well\n7     copy  done" in text
+    assert "\nlog\n2026-11-22 02:05:12.500  done       (copy:6)  a\\x1b[2Jb\n" in text
     assert "id\t5\ntype\thash\n" in run("show", "5").stdout
     assert "2026-11-22T00:05:12.5Z\tdone\t1\tn1\t\t\ta\\x1b[2Jb\n" in run("show", "5").stdout
 

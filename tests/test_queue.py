@@ -611,7 +611,7 @@ def test_cancel_ends_a_job_that_waits(store: Store) -> None:
     queued, later = store.submit(), store.submit(run_at=when.now() + HOUR)
     blocked = store.submit(after=(queued,))
     for id in (blocked, later, queued):
-        assert store.queue.cancel(id, "uid:33") == 0
+        assert store.queue.cancel(id, "uid:33").state == CANCELLED
         seen = store.views.job(id)
         assert (seen["state"], seen["message"]) == (CANCELLED, "cancelled by uid:33")
         assert seen["ended_at"]
@@ -624,7 +624,7 @@ def test_cancel_ends_a_job_that_waits(store: Store) -> None:
 def test_cancel_asks_a_running_job(store: Store) -> None:
     id = store.submit()
     claimed = store.claim_one()
-    assert store.queue.cancel(id, "root") == claimed.token
+    assert store.queue.cancel(id, "root").state == RUNNING
     assert store.views.job(id)["cancel_asked"]
     assert end(store, claimed, CANCELLED)
 
@@ -1186,7 +1186,7 @@ class Model(RuleBasedStateMachine):
     @rule(data=some.data())
     def cancel(self, data: some.DataObject) -> None:
         id = self.pick(data, QUEUED, BLOCKED)
-        assert self.store.queue.cancel(id, "root") == 0
+        assert self.store.queue.cancel(id, "root").state == CANCELLED
         self.state[id] = CANCELLED
         self.later.discard(id)
 

@@ -875,7 +875,7 @@ def test_secrets_are_shown_nowhere(trip: Daemon) -> None:
 
 def test_help_names_all_verbs_and_types(trip: Daemon) -> None:
     told = trip.ask("help")
-    assert {"status", "show <id>", "wait <id> [timeout:30s]"} <= set(told["verbs"])
+    assert {"status", "show <id>", "wait <id> [timeout:30s] [whole:yes]"} <= set(told["verbs"])
     assert told["types"]["typed"]["params"] == ["fid", "level"]
     assert "notify" not in told["types"]
 

@@ -11,14 +11,15 @@ import logging
 import os
 import struct
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from upq import statements as st
 from upq.draws import Allowance, Bounds, Draw, Plan, Spent, choose
-from upq.errors import KeyConflict, NotFound, RequestError
+from upq.errors import IsCancelled, KeyConflict, NotFound, RequestError
 from upq.events import Event
+from upq.family import Family, Page
 from upq.health import Health, Rules, Told, Wish, digest, queue_age, silence
 from upq.health import ended as health_ended
 from upq.job import (
@@ -158,6 +159,9 @@ class Home(Protocol):
     def note(self, batch: Batch, committed: bool) -> None:
         """Hear how the batch has ended."""
 
+    def end_running(self, asked: Sequence[tuple[int, int]]) -> None:
+        """Ask jobs that run here to end: lane and token of each; others run elsewhere."""
+
 
 class Batch:
     """One transaction: what is done in it, and what is told once it is committed."""
@@ -188,11 +192,16 @@ class Batch:
         self.again: set[int] = set()
         #: By type, of those with limits: what keeps the next one from starting.
         self.spent: dict[str, Spent | None] = {}
+        #: Lane and token of running jobs that are asked to end here.
+        self.asked: list[tuple[int, int]] = []
+        #: Below cancelled jobs, what is left to be cancelled by the next batches.
+        self.left: list[Page] = []
         self._told: list[tuple[Callable[[bool], None], bool]] = []
         #: Jobs of before that new ones have come to wait for, as they repeat their branches.
         self._met: list[int] = []
         self._first = 0
         self._limiter: Limiter | None = None
+        self.family = Family(self)
 
     @property
     def limiter(self) -> Limiter:
@@ -290,6 +299,8 @@ class Batch:
     def tell(self) -> None:
         for told, accepted in self._told:
             told(accepted)
+        if self.asked:
+            self._home.end_running(self.asked)
 
     def failed(self) -> None:
         """The transaction was rolled back, or nobody knows."""
@@ -297,8 +308,12 @@ class Batch:
 
     # The changes of a transaction
 
-    def insert(self, submits: Sequence[Submit]) -> list[Any]:
+    def insert(self, submits: Sequence[Submit], *, follow: bool = False) -> list[Any]:
+        """The new jobs, each submit's all or none. Without `follow`, what is to come below a
+        cancelled job is refused.
+        """
         known = self._known_keys(submits)
+        closed = set() if follow else self.family.closed(parents_of(submits))
         results: list[Any] = []
         fresh: list[list[Any]] = []
         edges: list[tuple[int, int]] = []
@@ -307,6 +322,8 @@ class Batch:
                 self._store(fresh, edges)
                 fresh, edges = [], []
             try:
+                if closed:
+                    refuse_below(one, closed)
                 accepted, new, new_edges = self._accept(one, known)
             except RequestError as error:
                 results.append(error)
@@ -332,6 +349,23 @@ class Batch:
             met, self._met = self._met, []
             self._heed(met)
         return results
+
+    def follow(self, submits: Sequence[Submit], cancelled: Iterable[int] = ()) -> None:
+        """Insert what ends bring about. Some of it is cancelled at once: see `_close_below`."""
+        self.insert(submits, follow=True)
+        self._close_below(submits, cancelled)
+
+    def _close_below(self, submits: Sequence[Submit], cancelled: Iterable[int] = ()) -> None:
+        """Cancel what has not ended below cancelled jobs, and below those of these submits that
+        somebody wants to end.
+        """
+        over = self.family.closed(parents_of(submits)).union(cancelled)
+        if over:
+            self.cancel_below([Page(sorted(over))])
+
+    def cancel_below(self, pages: Sequence[Page]) -> None:
+        """Cancel what has not ended below cancelled jobs; what is too much is left for later."""
+        self.left += self.family.cancel_below(pages, "", "cancelled with the job above it")[1]
 
     def _store(self, fresh: list[list[Any]], edges: list[tuple[int, int]]) -> None:
         plain = [row for row in fresh if len(row) == st.PLAIN]
@@ -636,8 +670,10 @@ class Batch:
     def _follow(self, finishes: list[Finish]) -> None:
         """What ends bring about: jobs that follow, dependents that go on or wait for longer."""
         followed = [one for one in finishes if one.then is not None]
-        stored = self.insert([one.then for one in followed if one.then is not None])
-        self._go_on(followed, stored)
+        submits = [one.then for one in followed if one.then is not None]
+        self._go_on(followed, self.insert(submits, follow=True))
+        cancelled = [one.job.id for one in finishes if one.outcome.state == CANCELLED]
+        self._close_below(submits, cancelled)
         states = [(one.job.id, one.outcome.state) for one in finishes]
         again = [(one.job.id,) for one in finishes if one.outcome.is_retry]
         if again:
@@ -834,6 +870,19 @@ def looks_at_others(rows: list[list[Any]]) -> bool:
 def with_joins(options: str, branches: dict[str, int]) -> str:
     """The options of a join that has these branches."""
     return json.dumps({**json.loads(options), JOINS: branches})
+
+
+def parents_of(submits: Sequence[Submit]) -> set[int]:
+    """The jobs that these are to come below."""
+    at = st.AT["parent"]
+    return {row[at] for one in submits for row in one.rows if row[at] is not None}
+
+
+def refuse_below(one: Submit, closed: set[int]) -> None:
+    """Raise IsCancelled when jobs are to come below one of these."""
+    parent = min(parents_of([one]) & closed, default=None)
+    if parent is not None:
+        raise IsCancelled(f"job {parent} is cancelled: nothing more can be queued below it")
 
 
 def limit_keys(bounded: dict[str, Bounds]) -> list[str]:

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from upq import wire
 from upq.client import Client, find_socket
@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     add("words", nargs="*", help=argparse.SUPPRESS)
     add("-c", "--config", metavar="FILE", help="the configuration that names the socket")
     add("-s", "--socket", metavar="ADDRESS", help="path of the socket, or host:port")
-    add("--wait", action="store_true", help="follow the job to its end and return its outcome")
+    add("--wait", action="store_true", help="follow the job and all below it to the end")
     add("--follow", action="store_true", help="with `output`: go on until the job has ended")
     add("--timeout", metavar="TIME", type=_duration, help="with --wait: no longer than 30s, 10m")
     add("--json", action="store_true", help="print one JSON document; for many lines, one each")
@@ -136,7 +136,7 @@ class _Call:
         if verb == "output" and self.args.follow:
             return self._output(client, line)
         if verb == "wait" and self._watches and (asked := _waited(line)):
-            return self._follow(client, [asked[0]], asked[1])
+            return self._follow(client, [asked.id], asked.timeout_s, whole=asked.whole)
         reply = client.request(line)
         queued = self._queued(reply)
         if reply.code:
@@ -173,12 +173,23 @@ class _Call:
         """Whether somebody sees, at a terminal, what a job does meanwhile."""
         return sys.stderr.isatty() and not self.args.json and not self.args.quiet
 
-    def _follow(self, client: Client, ids: Iterable[int], timeout_s: float | None = None) -> int:
+    def _follow(
+        self,
+        client: Client,
+        ids: Iterable[int],
+        timeout_s: float | None = None,
+        *,
+        whole: bool = True,
+    ) -> int:
         status = ACCEPTED
         for id in ids:
             limit_s = self.args.timeout if timeout_s is None else timeout_s
-            job = self._watch(client, id, limit_s) if self._watches else client.wait(id, limit_s)
-            reply = Reply("", data={"job": job})
+            if self._watches:
+                job = self._watch(client, id, limit_s, whole)
+            else:
+                job = client.wait(id, limit_s, whole=whole)
+            more = {name: job.pop(name) for name in ("whole",) if name in job}
+            reply = Reply("", data={"job": job, **more})
             if self.args.json:
                 _print_json(reply.data)
             elif not self.args.quiet:
@@ -186,20 +197,25 @@ class _Call:
             status = max(status, _status(reply))
         return status
 
-    def _watch(self, client: Client, id: int, timeout_s: float | None) -> Any:
-        """The job at its end; until then one line tells how it is. Raises TimedOut."""
+    def _watch(self, client: Client, id: int, timeout_s: float | None, whole: bool) -> Any:
+        """The job at its end, or at that of the whole; until then one line tells how it is.
+
+        Raises TimedOut.
+        """
         over_s = None if timeout_s is None else time.monotonic() + timeout_s
         wait_s = 0.2
         try:
             while True:
                 left_s = wait_s if over_s is None else min(over_s - time.monotonic(), wait_s)
                 try:
-                    return client.wait(id, max(left_s, 0))
+                    return client.wait(id, max(left_s, 0), whole=whole)
                 except TimedOut:
                     if over_s is not None and time.monotonic() >= over_s:
                         raise
                 now = client.verb("why", id=id)
                 told = _progress(now["progress"]) if now["state"] == "running" else now["why"]
+                if now["state"] in _FINAL:
+                    told = "the whole: " + _summary(client.show(id)["whole"])
                 line = _visible(wire.one_line(f"job {id} {now['state']}  {told or ''}".rstrip()))
                 self._status_line(line)
                 wait_s = 1.0
@@ -266,10 +282,11 @@ def _chunks() -> Iterator[bytes]:
 
 
 def _status(reply: Reply) -> int:
-    """The exit status that a reply means. A job with nothing beside it is the answer of `wait`."""
+    """The exit status that a reply means. A job with no more than the whole is that of `wait`."""
     data = reply.data
-    is_end = isinstance(data, dict) and data.keys() == {"job"}
-    return REFUSED if reply.code or (is_end and data["job"]["state"] != "done") else ACCEPTED
+    is_end = isinstance(data, dict) and data.keys() - {"whole"} == {"job"}
+    ended = data.get("whole", data["job"]) if is_end else {"state": "done"}
+    return REFUSED if reply.code or ended["state"] != "done" else ACCEPTED
 
 
 def _document(reply: Reply) -> Any:
@@ -304,16 +321,37 @@ def _ids(data: Any) -> list[Any]:
     return _ids(data["job"] if "job" in data else [*data.values()])
 
 
-def _waited(line: str) -> tuple[int, float | None] | None:
-    """The job and the limit of a `wait`; None when the daemon had better say what is wrong."""
+class _Wait(NamedTuple):
+    """What a `wait` asks for."""
+
+    id: int
+    timeout_s: float | None
+    whole: bool
+
+
+def _waited(line: str) -> _Wait | None:
+    """The arguments of a `wait`; None when the daemon had better say what is wrong."""
     words = [word.removeprefix("id:") for word in wire.read_words(line)[1:]]
     times = [word.removeprefix("timeout:") for word in words if word.startswith("timeout:")]
+    wholes = [word for word in words if word in ("whole:yes", "whole:no")]
     ids = [word for word in words if word.isascii() and word.isdecimal()]
     try:
         limit_s = _duration(times[0]) if times else None
     except ValueError:
         return None
-    return (int(ids[0]), limit_s) if len(ids) + len(times) == len(words) and ids else None
+    if not ids or len(ids) + len(times) + len(wholes) != len(words):
+        return None
+    return _Wait(int(ids[0]), limit_s, wholes == ["whole:yes"])
+
+
+def _summary(whole: Mapping[str, Any]) -> str:
+    """How a job and all below it are, for people: `running, 40%: 2 done, 1 running, 2 to come`."""
+    counts = [f"{n} {state}" for state, n in whole["counts"].items()]
+    if to_come := whole["expected"] - whole["total"]:
+        counts.append(f"{to_come} to come")
+    if whole["more"]:
+        counts.append("and more")
+    return f"{whole['state']}, {whole['progress']:.0%}: {', '.join(counts)}"
 
 
 def _progress(progress: Mapping[str, Any] | None) -> str:
@@ -340,6 +378,11 @@ _COLUMNS: Mapping[str, Sequence[str]] = {
         *("start", "attempt", "node", "started_at", "ended_at", "took_s", "state", "reason"),
         *("message", "output_bytes"),
     ),
+    "tree": (
+        *("depth", "id", "type", "queue", "state", "created_at", "started_at", "ended_at"),
+        *("parent", "info"),
+    ),
+    "log": ("at", "job", "type", "state", "attempt", "node", "who", "reason", "message"),
     "queues": (
         *("queue", "type", "queued", "blocked", "running", "done", "failed", "cancelled"),
         *("expired", "concurrent", "oldest_queued_s", "reason"),
@@ -350,6 +393,8 @@ _COLUMNS: Mapping[str, Sequence[str]] = {
     ),
 }
 _COLORS = {"done": 32, "failed": 31, "running": 36, "blocked": 33, "cancelled": 35, "expired": 35}
+#: Changes of state of a tree that a terminal shows.
+_LOG_LINES = 100
 #: Characters that a column keeps, however narrow the terminal.
 _NARROW = 8
 
@@ -370,6 +415,8 @@ class _Screen:
             self._output(data)
         elif verb == "wait":
             self._end(data["job"])
+            if (whole := data.get("whole")) and whole["expected"] > 1:
+                print(f"the whole: {_summary(whole)}")
         elif verb == "why":
             print(_visible(data["why"]))
         elif verb == "reload":
@@ -381,12 +428,14 @@ class _Screen:
             if job.get("jobdata") == job.get("params"):
                 job["jobdata"] = None
             if not self.is_terminal:
-                self._sections(job | data | {"job": None})
+                alone = {"tree", "whole", "log"} if not data.get("tree") else set()
+                shown = {key: value for key, value in data.items() if key not in alone}
+                self._sections(job | shown | {"job": None})
                 return
             self._sections(job | {"history": None})
             self._timeline(data)
-            if data["children"]:
-                self._sections({"children": data["children"], "": None})
+            if data.get("tree"):
+                self._tree(data)
         elif verb in ("cancel", "retry") and "n" in data:
             self._many(verb, data)
         elif self.is_terminal and not any(data.values()):
@@ -427,6 +476,27 @@ class _Screen:
             state = self._painted(f"{one['state']:<9}")
             text = ", ".join(told) + (f": {why}" if why and told else why)
             print(f"{time_}  {state}  {_visible(wire.one_line(text))}".rstrip())
+
+    def _tree(self, data: Mapping[str, Any]) -> None:
+        """All below a job, each under the one it came from, and what has happened there."""
+        whole = data["whole"]
+        print(f"\nthe whole: {_summary(whole)}")
+        rows = [
+            {**one, "type": "  " * (one["depth"] - 1) + one["type"], "took_s": _took_s(one)}
+            for one in data["tree"]
+        ]
+        self._table(("id", "type", "state", "started_at", "took_s", "info"), rows)
+        if whole["left_out"]:
+            print(f"... and {whole['left_out']} more{' at least' if whole['more'] else ''}")
+        print("\nlog")
+        if len(data["log"]) > _LOG_LINES or whole["log_cut"]:
+            print("...")
+        for one in data["log"][-_LOG_LINES:]:
+            time_ = _local_time(one["at"], "milliseconds")
+            text = ": ".join(filter(None, (one["reason"], one["message"])))
+            state = self._painted(f"{one['state']:<9}")
+            job = f"({one['type']}:{one['job']})"
+            print(f"{time_}  {state}  {job}  {_visible(wire.one_line(text))}".rstrip())
 
     def _many(self, verb: str, data: Mapping[str, Any]) -> None:
         """How many jobs were meant, and the ids of the first of them."""
@@ -530,6 +600,15 @@ def _value(key: str, row: Mapping[str, Any]) -> Any:
     if key != "info":
         return row.get(key)
     return row.get("reason") or row.get("progress") or row.get("message")
+
+
+def _took_s(job: Mapping[str, Any]) -> float | None:
+    """Seconds of a job that has ended, from its last start on."""
+    from upq import when  # noqa: PLC0415, only terminals need it
+
+    if not job["started_at"] or not job["ended_at"]:
+        return None
+    return (when.instant(job["ended_at"]) - when.instant(job["started_at"])) / 1e6
 
 
 def _words(params: Mapping[str, Any]) -> str:

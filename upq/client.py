@@ -84,13 +84,15 @@ class Client:
         """What a control verb answers; arguments that are None are left out."""
         return self._ask(_verb(name, arguments)).data
 
-    def wait(self, id: int, timeout_s: float | None = None) -> Any:
-        """The job when it has ended. Raises TimedOut if that takes longer than `timeout_s`."""
-        request = _verb("wait", {"id": id, "timeout": timeout_s})
-        return self._ask(request, extra_s=timeout_s).data["job"]
+    def wait(self, id: int, timeout_s: float | None = None, *, whole: bool = False) -> Any:
+        """The job when it has ended. Raises TimedOut if that takes longer than `timeout_s`.
+
+        whole: when it and all below it have; `whole` of the job then tells how.
+        """
+        return _waited(self._ask(_wait(id, timeout_s, whole), extra_s=timeout_s))
 
     def show(self, id: int) -> Any:
-        """The job with its history and children."""
+        """The job with its history, and with the tree, the state and the log of all below it."""
         return self.verb("show", id=id)
 
     def jobs(self, **filters: Any) -> Any:
@@ -208,9 +210,8 @@ class AsyncClient:
     async def verb(self, name: str, **arguments: Any) -> Any:
         return (await self._ask(_verb(name, arguments))).data
 
-    async def wait(self, id: int, timeout_s: float | None = None) -> Any:
-        request = _verb("wait", {"id": id, "timeout": timeout_s})
-        return (await self._ask(request, extra_s=timeout_s)).data["job"]
+    async def wait(self, id: int, timeout_s: float | None = None, *, whole: bool = False) -> Any:
+        return _waited(await self._ask(_wait(id, timeout_s, whole), extra_s=timeout_s))
 
     async def _ask(self, request: Mapping[str, Any], extra_s: float | None = 0) -> Reply:
         import asyncio  # noqa: PLC0415
@@ -251,6 +252,16 @@ def _tcp(address: str) -> tuple[str, int] | None:
 def _verb(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: _plain(value) for name, value in arguments.items() if value is not None}
     return {"verb": name, **given}
+
+
+def _wait(id: int, timeout_s: float | None, whole: bool) -> dict[str, Any]:
+    return _verb("wait", {"id": id, "timeout": timeout_s, "whole": whole or None})
+
+
+def _waited(reply: Reply) -> Any:
+    """The job, with the whole if that was asked for."""
+    data = reply.data
+    return data["job"] | {name: data[name] for name in ("whole",) if name in data}
 
 
 def _encoded(request: Mapping[str, Any]) -> bytes:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from sqlalchemy import Engine
 
-from upq.errors import KeyTaken, NotFound, RequestError, Unavailable, UpqError
+from upq.errors import IsCancelled, KeyTaken, NotFound, RequestError, Unavailable, UpqError
 from upq.events import Event
 from upq.job import FINAL, Accepted, Job, NewJob
 from upq.plugins import UpqJob
@@ -181,6 +181,16 @@ class JobDesk:
         job = self._job(parent)
         if job is None:
             raise UpqError("enqueue_newjob: this job does not run")
+        try:
+            return self._enqueue(parent, job, jobname, params, queue)
+        except IsCancelled:
+            # Somebody has cancelled it by way of another daemon, and nobody here knows it yet.
+            parent.cancel()
+            raise
+
+    def _enqueue(
+        self, parent: UpqJob, job: Job, jobname: str, params: dict[str, Any], queue: str
+    ) -> JobChild:
         kind = f"{jobname} {canonical(params)}"
         parent.asked[kind] += 1
         key = child_key(parent.jobid, jobname, params, parent.asked[kind])
@@ -190,7 +200,7 @@ class JobDesk:
                 id, again = found
                 if again:
                     try:
-                        self._queue.retry(id, job.submitter)
+                        self._queue.retry(id, job.submitter, parent=job.id)
                     except KeyTaken as taken:
                         id = taken.holder
                         self._queue.check_repeat(job.id, id)

@@ -30,7 +30,6 @@ from upq.errors import (
 )
 from upq.job import (
     BLOCKED,
-    CANCELLED,
     DONE,
     FAILED,
     FINAL,
@@ -51,13 +50,16 @@ from upq.notify import (
     shown_target,
     split_targets,
 )
+from upq.overview import Overview
 from upq.params import queue_name
 from upq.plugins import Desk, Piece, stored_piece
 from upq.protocol import Options, Request
 from upq.queue import Lane, Queue
 from upq.record import encode
 from upq.secret import mask, scrub
+from upq.statements import CHUNK
 from upq.views import AHEAD_LIMIT, Filter, Found, Pace, Views
+from upq.whole import count_steps
 from upq.wire import Ack
 from upq.workflow import DELAY
 
@@ -119,6 +121,7 @@ class Dispatcher:
             "resume": self._resume, "reload": self._reload, "drain": self._drain,
         }  # fmt: skip
         self._types = types
+        self._overview = Overview(views, ends, self._steps)
         self.configure(settings)
 
     def configure(self, settings: Settings) -> None:
@@ -506,7 +509,13 @@ class Dispatcher:
             "history": self._views.history(id),
             "children": self._views.children(id),
             "attempts": attempts,
+            **self._overview.show(id),
         }
+
+    def _steps(self, type: str) -> int:
+        """How many jobs follow one of a type."""
+        kind = self._types.by_name.get(type)
+        return count_steps(kind.cfg.subjobs) if kind else 0
 
     def _live(self, id: int, start: int) -> tuple[int, Piece] | None:
         """What a job that runs in this daemon has written so far, and which of its starts it is."""
@@ -534,20 +543,28 @@ class Dispatcher:
             return self._many("cancel", args, peer, [QUEUED, BLOCKED, RUNNING])
         job = self._managed(args["id"], peer, "cancel")
         self._alone(args)
-        token = self._queue.cancel(job["id"], peer.name)
-        if token:
-            self._claimer.cancel(self._queue.lane(job["queue"], job["type"]), token)
-        log.info("(%s:%d) cancelled by %s", job["type"], job["id"], peer.name)
-        return {"id": job["id"], "state": RUNNING if token else CANCELLED}
+        state, below = self._queue.cancel(job["id"], peer.name)
+        more = f", with {below} below it" if below else ""
+        log.info("(%s:%d) cancelled by %s%s", job["type"], job["id"], peer.name, more)
+        return {"id": job["id"], "state": state, "below": below}
 
     def _retry(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
         if "id" not in args:
             return self._many("retry", args, peer, [FAILED])
         job = self._managed(args["id"], peer, "retry")
         self._alone(args)
-        self._queue.retry(job["id"], peer.name)
-        log.info("(%s:%d) queued again by %s", job["type"], job["id"], peer.name)
-        return {"id": job["id"], "state": QUEUED}
+        id, below = job["id"], self._overview.again(args["id"])
+        if id in below or not below:
+            self._queue.retry(id, peer.name)
+            job["state"] = QUEUED
+            below = below[1:]
+        n = sum(
+            len(self._queue.retry_many(below[start : start + CHUNK], peer.name))
+            for start in range(0, len(below), CHUNK)
+        )
+        more = f", with {n} below it" if n else ""
+        log.info("(%s:%d) queued again by %s%s", job["type"], id, peer.name, more)
+        return {"id": id, "state": job["state"], "below": n}
 
     def _alone(self, args: dict[str, Any]) -> None:
         if len(args) > 1:
@@ -591,18 +608,18 @@ class Dispatcher:
             return []
         if verb == "retry":
             return self._queue.retry_many(ids, peer.name)
-        tokens = self._queue.cancel_many(ids, peer.name)
-        for one in jobs:
-            token, lane = tokens.get(one.id, 0), self._queue.lanes.get(one.lane)
-            if token and lane:
-                self._claimer.cancel(lane, token)
-        return list(tokens)
+        return self._queue.cancel_many(ids, peer.name)[0]
 
     def _wait(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
-        self._readable(args["id"], peer)
-        if self._ends.wait(args["id"], args.get("timeout"), alive) is None:
-            raise TimedOut(f"job {args['id']} has not ended in time")
-        return {"job": self._views.job(args["id"])}
+        id, timeout_s = args["id"], args.get("timeout")
+        self._readable(id, peer)
+        if args.get("whole"):
+            if not self._overview.wait(id, timeout_s, alive):
+                raise TimedOut(f"job {id} and all below it have not ended in time")
+            return {"job": self._views.job(id), "whole": self._overview.told(id)}
+        if self._ends.wait(id, timeout_s, alive) is None:
+            raise TimedOut(f"job {id} has not ended in time")
+        return {"job": self._views.job(id)}
 
     def _check(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
         request = protocol.parse(args["line"].encode())

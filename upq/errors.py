@@ -10,7 +10,8 @@ UpqError
 │   ├── KeyConflict         key_conflict      the same @key: with other params
 │   ├── NotFound            not_found         no job, queue or output of that name
 │   ├── WrongState          wrong_state       the job's state does not allow it
-│   │   └── KeyTaken        wrong_state       another job has its `unique` key
+│   │   ├── KeyTaken        wrong_state       another job has its `unique` key
+│   │   └── IsCancelled     wrong_state       the job that it would be a child of is cancelled
 │   ├── Busy                busy              a limit is reached, come back later
 │   ├── Denied              denied            the peer has no right to it
 │   ├── TooLong             too_long          a line, value or result over its limit
@@ -82,6 +83,10 @@ class KeyTaken(WrongState):
     def __init__(self, id: int, holder: int) -> None:
         super().__init__(f"job {id} cannot be queued again: job {holder} has its unique key now")
         self.holder = holder
+
+
+class IsCancelled(WrongState):
+    """The job below which something is to begin is cancelled, or is asked to end."""
 
 
 class Busy(RequestError):

@@ -1,7 +1,7 @@
 """Where log lines go and how they read: one record, one line, with the job it belongs to.
 
 The daemon calls `setup()`; whoever runs a job wraps it in `job(...)`, and every line logged in that
-thread then begins with `(type:id)`.
+thread then begins with `(type:id)`, or `(type:id<root)` for one that belongs to another.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), 
 
 
 class _Here(threading.local):
-    job: tuple[str, int] | None = None
+    job: tuple[str, int, int] | None = None
 
 
 _here = _Here()
@@ -82,12 +82,15 @@ def thread_failed(args: threading.ExceptHookArgs) -> None:
 
 
 class job:
-    """`with log.job("test", 17):` lines logged in this thread belong to that job."""
+    """`with log.job("test", 17):` lines logged in this thread belong to that job.
+
+    root: the job at the top of its tree, if that is another.
+    """
 
     __slots__ = ("_before", "_job")
 
-    def __init__(self, jobname: str, jobid: int) -> None:
-        self._job = (jobname, jobid)
+    def __init__(self, jobname: str, jobid: int, root: int | None = None) -> None:
+        self._job = (jobname, jobid, jobid if root is None else root)
 
     def __enter__(self) -> None:
         self._before = _here.job
@@ -121,9 +124,10 @@ class PlainFormat(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         message = _message(record)
         if _here.job is not None:
-            prefix = "({}:{}) ".format(*_here.job)
-            if not message.startswith(prefix):
-                message = prefix + message
+            name, id, root = _here.job
+            plain = f"({name}:{id}) "
+            message = message.removeprefix(plain)
+            message = (plain if root == id else f"({name}:{id}<{root}) ") + message
         record.message = one_line(message)
         record.asctime = self._time(record)
         line = self.formatMessage(record)
@@ -141,13 +145,15 @@ class PlainFormat(logging.Formatter):
 
 
 class JsonFormat(logging.Formatter):
-    """One JSON object a line; `job` and `type` where there is a job, `trace` where one failed."""
+    """One JSON object a line; `job`, `type`, `root` where there is a job, `trace` of a failure."""
 
     def format(self, record: logging.LogRecord) -> str:
         moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         line: dict[str, object] = {"time": moment, "level": record.levelname.lower()}
         if _here.job is not None:
-            line["type"], line["job"] = _here.job
+            line["type"], line["job"], root = _here.job
+            if root != line["job"]:
+                line["root"] = root
         line |= {"logger": record.name, "message": _message(record)}
         if trace := _trace(record):
             line["trace"] = trace

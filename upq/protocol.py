@@ -94,20 +94,23 @@ VERBS: Mapping[str, Verb] = {
         "[state:failed] [type:hash] [queue:hash] [limit:20] [before:17] [submitter:alice]",
         "list jobs, the newest first; `before` goes on after a job of the list",
     ),
-    "show": Verb("<id>", "all about a job, with its history and attempts"),
+    "show": Verb("<id>", "all about a job and what is below it, with history and attempts"),
     "output": Verb(
         "<id> [from:0] [start:1]",
         "what a job prints, or its last attempt has printed; from this byte on",
     ),
     "cancel": Verb(
         "[id] [type:hash] [state:queued] [queue:hash] [since:1d] [limit:100]",
-        "end a job before its time, or all of a kind",
+        "end a job and what is below it before their time, or all of a kind",
     ),
     "retry": Verb(
         "[id] [type:hash] [state:failed] [queue:hash] [since:1d] [limit:100]",
-        "queue a failed or cancelled job again, or all of a kind",
+        "queue a failed or cancelled job and what is below it again, or all of a kind",
     ),
-    "wait": Verb("<id> [timeout:30s]", "answer when the job has ended"),
+    "wait": Verb(
+        "<id> [timeout:30s] [whole:yes]",
+        "answer when the job has ended; or it and all that is below it",
+    ),
     "check": Verb("<line...>", "would this line be accepted? Nothing is queued"),
     "why": Verb("<id>", "what a job that is not running waits for, in one sentence"),
     "nodes": Verb("", "the daemons that share the database"),
@@ -359,6 +362,12 @@ def _state(value: Any) -> str:
     return str(value)
 
 
+def _yes(value: Any) -> bool:
+    if type(value) is not bool and value not in ("yes", "no"):
+        raise ValueError("yes or no is needed")
+    return value is True or value == "yes"
+
+
 def _anything(value: Any) -> Any:
     return value
 
@@ -427,6 +436,7 @@ _CONVERTERS: Mapping[str, Callable[[Any], Any]] = {
     "token": _number,
     "ttl": _duration,
     "type": _text,
+    "whole": _yes,
 }
 
 

@@ -7,7 +7,6 @@ follows an end is said by the caller.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import threading
@@ -21,11 +20,11 @@ from upq import when
 from upq.batch import LEASE_S, Act, Batch, Claim, Finish, Submit, Want
 from upq.db import Database
 from upq.draws import Draw, Plan, Spent
-from upq.errors import KeyTaken, NotFound, RequestError, Unavailable, WrongState
+from upq.errors import IsCancelled, NotFound, RequestError, Unavailable, WrongState
 from upq.events import Bus
+from upq.family import Page
 from upq.health import Rules, Wish
 from upq.job import (
-    BLOCKED,
     CANCELLED,
     DONE,
     FAILED,
@@ -45,7 +44,6 @@ from upq.limits import (
     PACED,
     SHOWN_CHARS,
     kept,
-    kept_text,
     pace_reason,
     turn_reason,
 )
@@ -61,7 +59,7 @@ from upq.record import (
 )
 from upq.sql import Tx
 from upq.vault import Vault
-from upq.workflow import JOINS, option, tie
+from upq.workflow import tie
 from upq.writer import Replay, Writer
 
 log = logging.getLogger(__name__)
@@ -121,6 +119,15 @@ class Fired(NamedTuple):
     jobs: list[tuple[int, Accepted | RequestError]]
 
 
+class Cancelled(NamedTuple):
+    """What a cancel has come to."""
+
+    #: CANCELLED, RUNNING for one that is asked to end, or how it had ended before.
+    state: str
+    #: How many below it had not ended.
+    below: int
+
+
 class Claims(Protocol):
     """Who claims, as far as the queue needs it."""
 
@@ -139,6 +146,9 @@ class Claims(Protocol):
     def settle(self, queued: set[int], booked: list[Want], jobs: list[Job]) -> None:
         """Take what was claimed for the places booked; these lanes have got new jobs."""
 
+    def cancel(self, lane: Lane, token: int) -> None:
+        """Ask a claimed job to end, if it is one of this daemon."""
+
 
 class NoClaims:
     """Nobody claims here."""
@@ -156,6 +166,9 @@ class NoClaims:
         return
 
     def settle(self, queued: set[int], booked: list[Want], jobs: list[Job]) -> None:
+        return
+
+    def cancel(self, lane: Lane, token: int) -> None:
         return
 
 
@@ -263,6 +276,9 @@ class Queue:
         self.crashed += batch.crashed
         self._held.update(batch.taken)
         self._held.difference_update(batch.ended)
+        if batch.left:
+            left = batch.left
+            self.writer.post(Act(lambda batch: batch.cancel_below(left)))
         known = None if batch.due_is_all else self.next_due
         self.next_due = min((at for at in (known, batch.due) if at is not None), default=None)
         if batch.due is not None and self.next_due != known:
@@ -451,43 +467,64 @@ class Queue:
 
     # Rare changes
 
-    def cancel(self, id: int, who: str, message: str = "") -> int:
-        """Cancel a waiting job, or ask a running one to end: then its claim's token, else 0."""
-        return int(self._act(lambda batch: self._cancel(batch, [id], who, message, alone=True))[id])
+    def cancel(self, id: int, who: str) -> Cancelled:
+        """End a job that waits, ask one that runs to end; and so all that is below it.
 
-    def cancel_many(self, ids: Sequence[int], who: str) -> dict[int, int]:
-        """The same for at most CHUNK jobs; left out are those that have ended meanwhile."""
-        return dict(self._act(lambda batch: self._cancel(batch, ids, who)))
+        CHUNK a transaction, the job first: after that nothing more begins below it. Raises
+        WrongState when all has ended already.
+        """
 
-    def _cancel(
-        self, batch: Batch, ids: Sequence[int], who: str, message: str = "", *, alone: bool = False
-    ) -> dict[int, int]:
-        refusal = "{state} already" if alone else ""
-        found = these_jobs(batch, ids, lambda state: state not in FINAL, refusal)
-        text = message or f"cancelled by {who}"
-        tokens = {}
-        waiting, running, freed = [], [], []
-        for id, state, lane_id, attempt, _, token, options in found:
-            tokens[id] = token if state == RUNNING else 0
-            if state == RUNNING:
-                running.append((id,))
-                continue
-            waiting.append((id,))
-            batch.moved(id, lane_id, state, CANCELLED, message=text, attempt=attempt, who=who)
-            if limits := kept_text(options):
-                freed.append((id, limits))
-        if running:
-            batch.tx.run_rows(st.ASK_CANCEL, running)
-        if waiting:
-            batch.tx.run_rows(st.CANCEL_WAITING, waiting, now=batch.now, message=text)
-            batch.hold_dependents([(id, CANCELLED) for (id,) in waiting])
-            if freed:
-                batch.limiter.free(freed, waited=True)
-        return tokens
+        def begin(batch: Batch) -> tuple[str, int, list[Page]]:
+            states = batch.family.cancel([id], who, text)
+            if not states:
+                raise NotFound(f"no job {id}")
+            return states[id], *batch.family.cancel_below([Page([id])], who, text)
 
-    def retry(self, id: int, who: str) -> None:
-        """Make a queued job of one that has ended badly. Raises KeyTaken, when it is not alone."""
-        self._act(lambda batch: self._retry(batch, [id], who, alone=True))
+        text = f"cancelled by {who}"
+        was, n, left = self._act(begin)
+        n += self._cancel_rest(left, who, text)
+        if was in FINAL and not n:
+            raise WrongState(f"job {id} is {was} already")
+        return Cancelled(was if was in FINAL or was == RUNNING else CANCELLED, n)
+
+    def cancel_many(self, ids: Sequence[int], who: str) -> tuple[list[int], int]:
+        """The same for at most CHUNK jobs: those that had not ended, and how many below them."""
+
+        def begin(batch: Batch) -> tuple[dict[int, str], int, list[Page]]:
+            states = batch.family.cancel(ids, who, text)
+            return states, *batch.family.cancel_below([Page(ids)], who, text)
+
+        text = f"cancelled by {who}"
+        states, n, left = self._act(begin)
+        n += self._cancel_rest(left, who, text)
+        return [id for id, state in states.items() if state not in FINAL], n
+
+    def _cancel_rest(self, left: list[Page], who: str, text: str) -> int:
+        """Go on below cancelled jobs, in as many transactions as it takes."""
+        n = 0
+        while left:
+            pages = left
+            more, left = self._act(lambda batch: batch.family.cancel_below(pages, who, text))  # noqa: B023
+            n += more
+        return n
+
+    def end_running(self, asked: Sequence[tuple[int, int]]) -> None:
+        for lane_id, token in asked:
+            if (lane := self.lanes.get(lane_id)) is not None:
+                self.claims.cancel(lane, token)
+
+    def retry(self, id: int, who: str, parent: int | None = None) -> None:
+        """Make a queued job of one that has ended badly. Raises KeyTaken, when it is not alone.
+
+        parent: who asks for it, as its child. Raises IsCancelled when that is to end.
+        """
+
+        def run(batch: Batch) -> None:
+            if parent is not None and batch.family.closed([parent]):
+                raise IsCancelled(f"job {parent} is cancelled: nothing below it runs again")
+            batch.family.retry([id], who, alone=True)
+
+        self._act(run)
         self.asked_again += 1
 
     def check_repeat(self, parent: int, holder: int) -> None:
@@ -496,51 +533,9 @@ class Queue:
 
     def retry_many(self, ids: Sequence[int], who: str) -> list[int]:
         """The same for at most CHUNK jobs; left out are those that are queued again meanwhile."""
-        changed = list(self._act(lambda batch: self._retry(batch, ids, who)))
+        changed = list(self._act(lambda batch: batch.family.retry(ids, who)))
         self.asked_again += len(changed)
         return changed
-
-    def _retry(
-        self, batch: Batch, ids: Sequence[int], who: str, *, alone: bool = False
-    ) -> list[int]:
-        refusal = "{state}: only what has ended badly can be retried" if alone else ""
-        found = these_jobs(batch, ids, lambda s: s in FINAL and s != DONE, refusal)
-        changed = []
-        # What is given its key here has ended still, for those who look.
-        taken: set[str] = set()
-        for id, state, lane_id, _, waits, _, options in found:
-            limits = kept_text(options)
-            unique = limits.get("unique", "")
-            if unique in taken:
-                continue
-            # A join comes to its line when it could start.
-            in_line = "line" in limits and not (waits and option(options, JOINS))
-            keys = limits if in_line else {**limits, "line": None}
-            if limits and (holder := batch.limiter.again(id, keys)) is not None:
-                if alone:
-                    raise KeyTaken(id, holder)
-                continue
-            if unique:
-                taken.add(unique)
-            if "expires_at" in limits:
-                # Somebody asked for it: it may start at any time.
-                left = {name: value for name, value in limits.items() if name != "expires_at"}
-                text = encode({**json.loads(options), KEPT: left})
-                batch.tx.run(st.SET_OPTIONS, id=id, text=text)
-            new = BLOCKED if waits else QUEUED
-            reason = "waits for earlier jobs" if waits else ""
-            ready = None if waits else lane_id
-            if "line" in limits and not waits:
-                reason, ready = turn_reason(limits), None
-            changed.append((id, new, ready, reason))
-            batch.moved(id, lane_id, state, new, reason="retry", who=who)
-            if in_line:
-                batch.limiter.came(id, limits["line"])
-        if changed:
-            batch.tx.run_rows(st.REOPEN, changed)
-            batch.tx.run_rows(st.AGAIN_BELOW, [(row[0],) for row in changed])
-            batch.hold_dependents([(row[0], row[1]) for row in changed])
-        return [row[0] for row in changed]
 
     def set_reason(self, of: Job, reason: str) -> None:
         """Say what a running job waits for; soon, and kept."""
@@ -601,7 +596,7 @@ class Queue:
 
         def run(batch: Batch) -> set[int]:
             ended = batch.limiter.expire(one.id for one in overdue)
-            batch.insert([follow[id] for id, _ in ended if id in follow])
+            batch.follow([follow[id] for id, _ in ended if id in follow])
             batch.note_health([wish for id, _ in ended if (wish := after[id][1]) is not None])
             return {lane_id for _, lane_id in ended}
 
@@ -670,12 +665,12 @@ class Queue:
         """Put running jobs of dead owners back to the queue. Returns how many.
 
         One that has killed its daemon CRASH_LIMIT times is failed, with what `then` says for it; a
-        parent that only waited is not blamed.
+        parent that only waited is not blamed. One that was to end is cancelled.
         """
         count = 0
         for start in range(0, len(dead), st.CHUNK):
             part = sorted(dead[start : start + st.CHUNK])
-            over = [one for one in part if crashes_of(one) >= CRASH_LIMIT]
+            over = [one for one in part if is_over(one)]
             after = [then(one) for one in over]
             follow = [self._change(jobs) for jobs, _ in after if jobs]
             wishes = [wish for _, wish in after if wish is not None]
@@ -688,38 +683,40 @@ class Queue:
         self, part: list[Job], follow: list[Submit], wishes: list[Wish]
     ) -> Callable[[Batch], int]:
         def run(batch: Batch) -> int:
-            failed = self._requeue(batch, part, crashed=True)
-            batch.insert(follow)
-            batch.hold_dependents([(id, FAILED) for id in failed])
+            self._requeue(batch, part, crashed=True)
+            batch.follow(follow, [one.id for one in part if one.cancel_asked])
             batch.note_health(wishes)
             return len(part)
 
         return run
 
-    def _requeue(self, batch: Batch, part: list[Job], *, crashed: bool) -> list[int]:
-        """Back to the queue, or failed after too many crashes. Returns the ids of the failed."""
-        values, failed = [], []
-        limited = []
+    def _requeue(self, batch: Batch, part: list[Job], *, crashed: bool) -> None:
+        """Back to the queue; or failed after too many crashes, cancelled where that was asked."""
+        values: list[tuple[Any, ...]] = []
+        bad, limited = [], []
         for one in part:
             crashes = crashes_of(one) if crashed else one.crashes
-            over = crashed and crashes >= CRASH_LIMIT
-            if over:
-                failed.append(one.id)
-            state, reason, ready = (FAILED, "crashed", None) if over else (QUEUED, "", one.lane)
-            ended_at = batch.now if over else None
-            values.append((one.id, one.token, state, reason, ready, crashes, ended_at))
-            cause = "crashed" if over else "interrupted" if crashed else "released"
+            state, cause = QUEUED, "interrupted" if crashed else "released"
+            if crashed and one.cancel_asked:
+                state, cause = CANCELLED, "asked"
+            elif crashed and is_over(one):
+                state, cause = FAILED, "crashed"
+            if state == QUEUED:
+                values.append((one.id, one.token, state, "", one.lane, crashes, None))
+            else:
+                values.append((one.id, one.token, state, cause, None, crashes, batch.now))
+                bad.append((one.id, state))
             batch.moved(one.id, one.lane, RUNNING, state, reason=cause, attempt=one.attempt)
             if limits := kept(one.options):
                 limited.append((one, state, limits))
         if values and batch.tx.run_rows(st.REQUEUE_JOBS, values) != len(values):
             raise Replay("a job of a dead owner has changed meanwhile")
         for one, state, limits in limited:
-            if state == FAILED:
+            if state != QUEUED:
                 batch.limiter.free([(one.id, limits)])
             elif not crashed and one.attempt == 1:
                 batch.limiter.given_back(one.id, limits)
-        return failed
+        batch.hold_dependents(bad)
 
     def tend_health(self, rules: Sequence[Rules]) -> None:
         """Tell what is due by the time alone; of several daemons one does."""
@@ -861,6 +858,11 @@ class Queue:
         return int(self._act(run))
 
 
+def is_over(dead: Job) -> bool:
+    """Whether a job has killed its daemon too often to be started again."""
+    return not dead.cancel_asked and crashes_of(dead) >= CRASH_LIMIT
+
+
 def read_lane(id: int, queue: str, type: str, paused: int) -> Lane:
     return Lane(id, queue, type, bool(paused))
 
@@ -875,19 +877,6 @@ def value_of(result: Any) -> Any:
     if isinstance(result, RequestError):
         raise result
     return result
-
-
-def these_jobs(
-    batch: Batch, ids: Sequence[int], fits: Callable[[str], bool], refusal: str
-) -> list[Any]:
-    """Rows of THESE_JOBS, by id, whose state fits. With a refusal the one asked for has to."""
-    found = sorted(batch.tx.fetch_rows(st.THESE_JOBS, sorted((id,) for id in ids)))
-    if refusal:
-        if not found:
-            raise NotFound(f"no job {ids[0]}")
-        if not fits(found[0][1]):
-            raise WrongState(f"job {ids[0]} is {refusal.format(state=found[0][1])}")
-    return [row for row in found if fits(row[1])]
 
 
 def unneeded(batch: Batch, state: str, ids: list[tuple[int]]) -> list[Any]:

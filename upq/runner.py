@@ -63,7 +63,7 @@ class Runner:
         `begun` is given the job's object before its own code runs.
         """
         started_s = time.monotonic()
-        with logs.job(job.type, job.id):
+        with logs.job(job.type, job.id, job.root):
             kind = self._types.by_name.get(job.type)
             try:
                 if kind is not None and kind.hides:
@@ -217,7 +217,7 @@ class Runner:
         """Tell the end of a job whose thread does not come back. It is not tried again: what still
         runs there could meet itself.
         """
-        with logs.job(job.type, job.id):
+        with logs.job(job.type, job.id, job.root):
             if plugin.ended_by == "timeout":
                 text = f"timed out after {plugin.timeout_s:g} s and could not be stopped"
                 outcome = Outcome(FAILED, text, reason="timeout")
@@ -321,7 +321,7 @@ class Runner:
 
     def _say_end(self, job: Job, outcome: Outcome, took_s: float) -> None:
         """The one log line of an end, once it is on disk; in any thread."""
-        with logs.job(job.type, job.id):
+        with logs.job(job.type, job.id, job.root):
             if outcome.state == QUEUED and outcome.crashed:
                 log.warning("%s, it will run again", outcome.message)
                 return

@@ -61,6 +61,14 @@ class Sql:
             found = self._compiled[name] = (str(compiled), names, dict(compiled.params))
         return found
 
+    def filled(
+        self, dialect: sa.Dialect, values: Sequence[Sequence[Any]], params: Mapping[str, Any]
+    ) -> tuple[str, Any]:
+        """The text of a statement over `rows()`, with what it is to be given on this driver."""
+        text, names, defaults = self.on(dialect)
+        merged = {**defaults, "rows": _encode(values), **params}
+        return text, merged if names is None else tuple(merged[name] for name in names)
+
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 

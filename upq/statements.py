@@ -6,7 +6,7 @@ the state it should be in is left alone, and the count says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -201,6 +201,30 @@ def cancelled_of(dialect: str) -> ClauseElement:
     return asked.with_for_update(of=job)
 
 
+def marks_of(dialect: str) -> ClauseElement:
+    """Whether somebody wants these jobs to end, or has ended them; locked."""
+    r = over_ids(dialect)
+    chosen = sa.select(job.c.id, job.c.state, job.c.cancel_asked).where(job.c.id == r.c.id)
+    return chosen.with_for_update(of=job)
+
+
+def below(dialect: str, columns: Sequence[Any], most: Any) -> ClauseElement:
+    """Children of these jobs, in the order of their ids, from one id on.
+
+    Read by the index on parents, whatever a planner makes of a tree with very many.
+    """
+    r = over_ids(dialect)
+    # An expression, or all jobs would be gone through in the order of their ids.
+    n = (job.c.id + 0).label("n")
+    children = sa.select(*columns).where(job.c.parent == r.c.id, n > big("above"))
+    if dialect != "postgresql":
+        return children.order_by(n).limit(most)
+    # Parent by parent: else it joins with the whole table.
+    each = children.add_columns(n).order_by(n).limit(most).lateral()
+    chosen = sa.select(*list(each.c)[:-1]).select_from(r.join(each, sa.true()))
+    return chosen.order_by(each.c.n).limit(most)
+
+
 def dependents_of(dialect: str) -> ClauseElement:
     """Who waits for these jobs; cancelled ones too, they may be queued again."""
     r = over_ids(dialect)
@@ -326,12 +350,24 @@ BY_IDEM_KEY = Sql(by_key(job.c.idem_key))
 BY_CHILD_KEY = Sql(by_key(job.c.child_key))
 STATES_OF = Sql(states_of)
 CANCELLED_OF = Sql(cancelled_of)
+MARKS_OF = Sql(marks_of)
+CHILDREN_OF = Sql(lambda dialect: below(dialect, [job.c.id], CHUNK))
+#: What is read of each job of a tree.
+MEMBER = (
+    job.c.id, job.c.parent, job.c.type, job.c.state, job.c.child_key, job.c.created_at,
+    job.c.started_at, job.c.ended_at,
+    sa.case((job.c.state == RUNNING, job.c.progress)).label("progress"),
+    sa.case((job.c.state != DONE, job.c.options)).label("options"),
+)  # fmt: skip
+MEMBERS_OF = Sql(lambda dialect: below(dialect, MEMBER, big("most")))
+
+
+NEEDS_OF = Sql(needs_of)
 DEPENDENTS_OF = Sql(dependents_of)
 LOWER_WAITS = Sql(lower_waits)
 WAITS_OF = Sql(waits_of)
 FREE_JOBS = Sql(free_jobs)
 BLOCK_JOBS = Sql(block_jobs)
-NEEDS_OF = Sql(needs_of)
 RESULTS_OF = Sql(results_of)
 DATA_OF = Sql(data_of)
 SET_DATA = Sql(set_data)

@@ -5,8 +5,9 @@ Times leave as ISO 8601 text in UTC. Any thread may ask; all raise Unavailable.
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
@@ -18,8 +19,10 @@ from upq.job import BLOCKED, FAILED, FINAL, QUEUED, RUNNING, STATES
 from upq.limits import is_paced, kept_text
 from upq.record import LOCKED
 from upq.secret import mask, scrub, secret_texts
-from upq.statements import AGAIN, CHUNK, LINE, RATE
+from upq.sql import Sql
+from upq.statements import AGAIN, CHUNK, LINE, MEMBER, MEMBERS_OF, NEEDS_OF, RATE
 from upq.vault import NoKey, Vault
+from upq.whole import Member, count_steps
 
 job, event, output, tally, edge, node = (
     schema.job, schema.event, schema.output, schema.tally, schema.edge, schema.node,
@@ -326,19 +329,7 @@ class Views:
         """Every change of state, the oldest first."""
         query = sa.select(event).where(event.c.job == id).order_by(event.c.n)
         hidden = self._hidden(id)
-        return [
-            {
-                "n": row["n"],
-                "at": when.iso(row["at"]),
-                "state": row["state"],
-                "reason": row["reason"],
-                "message": scrub(row["message"] or "", hidden),
-                "attempt": row["attempt"],
-                "node": row["node"],
-                "who": row["who"],
-            }
-            for row in self._mappings(query)
-        ]
+        return [_change(row, hidden) for row in self._mappings(query)]
 
     def attempts(self, id: int) -> list[dict[str, Any]]:
         """Every start, the oldest first: where and when, and how it ended if it has."""
@@ -391,6 +382,39 @@ class Views:
         query = sa.select(*LISTED).where(job.c.parent == id).order_by(job.c.id).limit(LIST_LIMIT)
         return [self._shown(row) for row in self._rows(query)]
 
+    def members(self, id: int, most: int) -> tuple[list[Member], bool]:
+        """A job and what is below it, level by level; whether there is more. Raises NotFound."""
+        root = self._rows(sa.select(*MEMBER).where(job.c.id == id))
+        if not root:
+            raise NotFound(f"no job {id}")
+        found = level = [_member(*root[0])]
+        while level and len(found) <= most:
+            ids = [(one.id,) for one in level]
+            rows = self._sql(MEMBERS_OF, ids, above=0, most=most + 1 - len(found))
+            level = [_member(*row) for row in rows]
+            found = found + level
+        return found[:most], len(found) > most
+
+    def needs(self, ids: Iterable[int]) -> list[tuple[int, int]]:
+        """What these jobs wait for: each with one that has to be done before."""
+        return [(row[0], row[1]) for row in self._sql(NEEDS_OF, [(id,) for id in ids])]
+
+    def listed(self, ids: Collection[int]) -> dict[int, dict[str, Any]]:
+        """These jobs as a list shows them."""
+        rows = self._rows(sa.select(*LISTED).where(job.c.id.in_(ids))) if ids else []
+        return {row.id: self._shown(row) for row in rows}
+
+    def timeline(self, ids: Collection[int], most: int) -> tuple[list[dict[str, Any]], bool]:
+        """The latest changes of state of these jobs, the oldest first; whether there were more."""
+        query = sa.select(event).where(event.c.job.in_(ids)).order_by(event.c.n.desc())
+        rows = self._mappings(query.limit(most + 1))
+        hidden = self._hidden_of({row["job"] for row in rows})
+        found = [
+            {"job": row["job"], **_change(row, hidden.get(row["job"], ()))}
+            for row in reversed(rows[:most])
+        ]
+        return found, len(rows) > most
+
     def output(self, id: int, start: int | None = None) -> dict[str, Any]:
         """What a start has written, by default the latest that wrote anything. Raises NotFound."""
         query = sa.select(output).where(output.c.job == id).order_by(output.c.attempt.desc())
@@ -411,12 +435,18 @@ class Views:
 
     def _hidden(self, id: int) -> list[str]:
         """What the secret params of a job hold."""
+        return self._hidden_of([id]).get(id, [])
+
+    def _hidden_of(self, ids: Collection[int]) -> dict[int, list[str]]:
+        """The same of each of these jobs."""
         secret = self._secret()
-        if not secret:
-            return []
-        rows = self._rows(sa.select(job.c.params, job.c.data).where(job.c.id == id))
-        datas = [self._vault.decode(t, lenient=True) for row in rows for t in row if t]
-        return secret_texts(datas, secret)
+        if not secret or not ids:
+            return {}
+        rows = self._rows(sa.select(job.c.id, job.c.params, job.c.data).where(job.c.id.in_(ids)))
+        return {
+            id: secret_texts([self._vault.decode(t, lenient=True) for t in texts if t], secret)
+            for id, *texts in rows
+        }
 
     def end(self, id: int) -> End | None:
         """How a job has ended; None while it has not. Raises NotFound."""
@@ -578,9 +608,51 @@ class Views:
         with self._database.read() as connection:
             return list(connection.execute(query))
 
+    def _sql(self, sql: Sql, values: Sequence[Sequence[Any]], **params: Any) -> list[Any]:
+        """What a statement over `rows()` finds."""
+        text, given = sql.filled(self._database.dialect, values, params)
+        with self._database.read() as connection:
+            return list(connection.exec_driver_sql(text, given))
+
     def _mappings(self, query: sa.Select[Any]) -> list[Any]:
         with self._database.read() as connection:
             return list(connection.execute(query).mappings())
+
+
+def _change(row: Mapping[str, Any], hidden: Sequence[str]) -> dict[str, Any]:
+    """A change of state as it is shown."""
+    return {
+        "n": row["n"],
+        "at": when.iso(row["at"]),
+        "state": row["state"],
+        "reason": row["reason"],
+        "message": scrub(row["message"] or "", hidden),
+        "attempt": row["attempt"],
+        "node": row["node"],
+        "who": row["who"],
+    }
+
+
+def _member(  # noqa: PLR0917, a row of MEMBER
+    id: int,
+    parent: int | None,
+    type: str,
+    state: str,
+    child_key: str | None,
+    created_at: int,
+    started_at: int | None,
+    ended_at: int | None,
+    progress: str | None,
+    options: str | None,
+) -> Member:
+    part, steps = 0.0, None
+    if progress:
+        said = json.loads(progress)
+        part = min(max(said["done"] / said["total"], 0.0), 1.0) if said.get("total") else 0.0
+    if options and '"chain"' in options:
+        steps = count_steps(json.loads(options).get("chain", ()))
+    return Member(id, parent, type, state, child_key is not None, created_at, started_at, ended_at,
+                  part, steps)  # fmt: skip
 
 
 def _fits(wanted: Filter, row: Any) -> bool:

@@ -1,0 +1,240 @@
+"""Trees of jobs in the store: cancelled as one, and queued again."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from tests import stores
+from tests.stores import Store
+from upq import statements
+from upq.errors import IsCancelled, WrongState
+from upq.job import BLOCKED, CANCELLED, DONE, FAILED, QUEUED, RUNNING, Job, NewJob, Outcome
+
+database, url, store = stores.database, stores.url, stores.store
+
+
+def below(parent: int, type: str = "hash", **fields: Any) -> NewJob:
+    return NewJob(type, {}, parent=parent, root=parent, **fields)
+
+
+def child(store: Store, parent: int, type: str = "hash") -> int:
+    """Queue what a running parent asks for."""
+    key = f"{parent} {store.queue.reserve_ids(1)}"
+    return store.accepted(below(parent, type, child_key=key))[0].id
+
+
+def end(
+    store: Store, job: Job, state: str = DONE, then: Sequence[NewJob] = (), **fields: Any
+) -> bool:
+    heard: list[bool] = []
+    store.queue.finish(job, Outcome(state, **fields), then, heard.append)
+    store.flush()
+    return heard[0]
+
+
+def states(store: Store, *ids: int) -> list[str]:
+    return [store.row(id).state for id in ids]
+
+
+def the_child(store: Store, parent: int) -> int:
+    (found,) = store.views.children(parent)
+    return int(found["id"])
+
+
+# Cancel
+
+
+def test_a_cancel_reaches_all_that_waits_and_runs_below(store: Store) -> None:
+    root = store.submit("parent")
+    store.claim_one("parent")
+    one, two = child(store, root), child(store, root)
+    (running,) = store.claim(1)
+    deep = child(store, running.id)
+    other = store.submit()
+    assert store.queue.cancel(root, "alice") == (RUNNING, 3)
+    assert states(store, root, one, two, deep) == [RUNNING, RUNNING, CANCELLED, CANCELLED]
+    assert store.row(one).cancel_asked == 1
+    assert store.views.history(deep)[-1]["who"] == "alice"
+    assert states(store, other) == [QUEUED]
+    assert [job.id for job in store.claim(9)] == [other]
+
+
+def test_a_cancel_goes_through_jobs_that_have_ended(store: Store) -> None:
+    root = store.submit("first")
+    end(store, store.claim_one("first"), then=[below(root, "second")])
+    second = the_child(store, root)
+    end(store, store.claim_one("second"), then=[below(second, "third")])
+    third = the_child(store, second)
+    assert store.queue.cancel(root, "alice") == (DONE, 1)
+    assert states(store, root, second, third) == [DONE, DONE, CANCELLED]
+    with pytest.raises(WrongState, match=f"job {root} is done already"):
+        store.queue.cancel(root, "alice")
+
+
+def test_nothing_begins_below_a_job_that_is_asked_to_end(store: Store) -> None:
+    root, other = store.submit("parent"), store.submit("parent")
+    store.claim(2, "parent")
+    store.queue.cancel(root, "alice")
+    with pytest.raises(IsCancelled, match=f"job {root} is cancelled"):
+        child(store, root)
+    assert store.queue.submit([[below(root)], [below(other)]])[1]
+    assert store.views.children(root) == []
+    assert len(store.views.children(other)) == 1
+
+
+def test_nothing_begins_below_a_job_that_was_cancelled_before_it_ran(store: Store) -> None:
+    first = store.submit()
+    root = store.submit("parent", after=(first,))
+    store.queue.cancel(root, "alice")
+    with pytest.raises(IsCancelled):
+        store.accepted(below(root))
+
+
+def test_what_follows_a_step_that_ends_while_it_is_cancelled_does_not_run(store: Store) -> None:
+    root = store.submit("first")
+    job = store.claim_one("first")
+    assert store.queue.cancel(root, "alice") == (RUNNING, 0)
+    assert end(store, job, then=[below(root, "second")])
+    second = the_child(store, root)
+    assert states(store, root, second) == [DONE, CANCELLED]
+    assert store.claim(1, "second") == []
+    assert [e["state"] for e in store.views.history(second)] == [QUEUED, CANCELLED]
+
+
+def test_an_end_in_cancelled_cancels_what_is_left_below(store: Store) -> None:
+    """As when the daemon died in the middle of a cancel."""
+    root = store.submit("parent")
+    job = store.claim_one("parent")
+    waits, runs = child(store, root), child(store, root, "other")
+    deep = child(store, store.claim_one("other").id)
+    assert end(store, job, CANCELLED, reason="asked")
+    assert states(store, root, waits, runs, deep) == [CANCELLED, CANCELLED, RUNNING, CANCELLED]
+    assert store.row(runs).cancel_asked == 1
+
+
+def test_an_end_in_cancelled_goes_on_below_until_all_is_cancelled(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(statements, "CHUNK", 5)
+    root = store.submit("parent")
+    job = store.claim_one("parent")
+    ids = [child(store, root) for _ in range(12)]
+    ids += [child(store, id) for id in ids]
+    assert end(store, job, CANCELLED, reason="asked")
+    assert set(states(store, *ids)) == {CANCELLED}
+
+
+def test_a_tree_of_many_is_cancelled_a_part_at_a_time(store: Store) -> None:
+    root = store.submit("parent")
+    store.claim_one("parent")
+    first = store.accepted(below(root))[0].id
+    ids = [first, *store.copy(first, 2 * statements.CHUNK)]
+    before = store.queue.writer.commits
+    assert store.queue.cancel(root, "alice") == (RUNNING, len(ids))
+    assert store.queue.writer.commits - before >= 3
+    assert {one["state"] for one in store.views.children(root)} == {CANCELLED}
+    assert states(store, ids[-1]) == [CANCELLED]
+    lane = store.queue.lane("hash", "hash").id
+    assert store.views.counts()[lane] == {
+        **dict.fromkeys(store.views.counts()[lane], 0), CANCELLED: len(ids),
+    }  # fmt: skip
+
+
+def test_of_a_kind_that_is_cancelled_all_that_is_below_goes_with_it(store: Store) -> None:
+    one, two = store.submit("parent"), store.submit("parent")
+    store.claim_one("parent")
+    ids = child(store, one), child(store, one)
+    assert store.queue.cancel_many([one, two], "alice") == ([one, two], 2)
+    assert states(store, one, two, *ids) == [RUNNING, CANCELLED, CANCELLED, CANCELLED]
+
+
+def test_a_child_that_is_to_run_again_does_not_below_a_cancelled_parent(store: Store) -> None:
+    root = store.submit("parent")
+    store.claim_one("parent")
+    id = child(store, root)
+    end(store, store.claim_one(), FAILED)
+    store.queue.cancel(root, "alice")
+    with pytest.raises(IsCancelled):
+        store.queue.retry(id, "alice", parent=root)
+    assert states(store, id) == [FAILED]
+
+
+def test_a_job_whose_daemon_died_while_it_was_to_end_is_cancelled(store: Store) -> None:
+    root = store.submit("parent")
+    store.claim_one("parent")
+    id = child(store, root)
+    store.queue.cancel(root, "alice")
+    later = child(store, store.claim_one("parent").id) if store.submit("parent") else 0
+    with Store(store.database) as next_one:
+        next_one.queue.rescue(next_one.queue.orphans(), lambda job: ([], None))
+    assert states(store, root, id, later) == [CANCELLED, CANCELLED, QUEUED]
+    assert store.views.history(root)[-1]["reason"] == "asked"
+
+
+def test_plain_jobs_pay_nothing_for_trees(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = count_statements(monkeypatch)
+    store.submit()
+    job = store.claim_one()
+    said.clear()
+    end(store, job)
+    plain = list(said)
+    assert not [text for text in plain if "cancel_asked" in text or "parent" in text]
+
+
+def count_statements(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    said: list[str] = []
+    monkeypatch.setattr("upq.log.statement", said.append)
+    return said
+
+
+def test_of_a_cancel_and_a_child_at_the_same_moment_no_child_is_left(store: Store) -> None:
+    """Two daemons, where the database allows it: one has the parent, the other cancels it."""
+    with store.beside() as other, ThreadPoolExecutor(2) as threads:
+        for _ in range(30):
+            root = store.submit("parent")
+            store.claim_one("parent")
+            together = threading.Barrier(2)
+
+            def submits(root: int = root, together: threading.Barrier = together) -> int:
+                together.wait()
+                for n in range(20):
+                    try:
+                        child(store, root)
+                    except IsCancelled:
+                        return n
+                return 20
+
+            def cancels(root: int = root, together: threading.Barrier = together) -> None:
+                together.wait()
+                other.queue.cancel(root, "alice")
+
+            n, _ = threads.submit(submits), threads.submit(cancels).result()
+            n.result()
+            assert {one["state"] for one in store.views.children(root)} <= {CANCELLED}
+
+
+def test_of_a_cancel_and_an_end_at_the_same_moment_nothing_follows(store: Store) -> None:
+    with store.beside() as other, ThreadPoolExecutor(2) as threads:
+        for _ in range(30):
+            root = store.submit("first")
+            job = store.claim_one("first")
+            together = threading.Barrier(2)
+
+            def ends(job: Job = job, together: threading.Barrier = together) -> None:
+                together.wait()
+                end(store, job, then=[below(job.id, "second")])
+
+            def cancels(root: int = root, together: threading.Barrier = together) -> None:
+                together.wait()
+                other.queue.cancel(root, "alice")
+
+            both = threads.submit(ends), threads.submit(cancels)
+            for one in both:
+                one.result()
+            assert states(store, the_child(store, root)) == [CANCELLED]
+            assert BLOCKED not in states(store, root)
