@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -172,6 +174,44 @@ def test_what_is_no_step_is_an_error_that_names_it(one: Daemon) -> None:
         "BadParams: child: its params are no JSON: Object of type PosixPath is not JSON"
         " serializable",
     ]
+
+
+ONE_OF_MANY = """
+def run(self):
+    if "n" in self.jobdata:
+        return self.jobdata["n"]
+    return self.submit("waits", n=self.jobid, queue="shut").wait() == self.jobid
+"""
+
+
+@pytest.mark.alone
+def test_a_thousand_parents_wait_with_one_place(short_tmp: Path) -> None:
+    with Daemon(short_tmp, "[job waits]", waits=ONE_OF_MANY) as daemon:
+
+        def many(n: int) -> None:
+            asked = {"submit_many": [{"submit": "waits"}] * n}
+            assert json.loads(daemon.say(json.dumps(asked)))["ok"]
+
+        def jobs() -> dict[str, int]:
+            return dict(daemon.ask("status")["jobs"])
+
+        many(20)
+        until(lambda: jobs()["done"] == 40)
+        daemon.ask("pause shut")
+        before_mib = daemon.rss_mib()
+        many(1000)
+        until(lambda: jobs()["running"] == 1000, 120)
+        grown_mib = daemon.rss_mib() - before_mib
+        began_s = time.monotonic()
+        daemon.ask("resume shut")
+        until(lambda: jobs()["done"] == 2040, 120)
+        took_s = time.monotonic() - began_s
+        grown_mib = max(grown_mib, daemon.rss_mib() - before_mib)
+        print(f"1,000 waiting parents: {grown_mib:.0f} MiB more, all ended after {took_s:.1f} s")
+        assert grown_mib <= 50
+        assert took_s < 30
+        found = daemon.ask("jobs type:waits limit:1000")["jobs"]
+        assert all(job["result"] is True for job in found if job["parent"] is None)
 
 
 #: Notes each thing that it does itself; waits where the test likes.
