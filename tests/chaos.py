@@ -93,12 +93,6 @@ class Victim(daemons.Daemon):
         open_ = QUEUED, BLOCKED, RUNNING
         daemons.until(lambda: not any(self.ask("status")["jobs"][s] for s in open_), seconds)
 
-    def stillborn(self, seconds: float) -> None:
-        """Start, and be killed so many seconds later, READY or not."""
-        with subprocess.Popen(self.command(), env=self.environment()) as process:
-            time.sleep(seconds)
-            process.kill()
-
 
 # The clients -------------------------------------------------------------------------------------
 

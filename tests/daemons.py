@@ -295,6 +295,12 @@ class Daemon(bench.Daemon):
             self.process.kill()
             self.process.wait()
 
+    def stillborn(self, seconds: float) -> None:
+        """Start, and be killed so many seconds later, READY or not."""
+        with subprocess.Popen(self.command(), env=self.environment()) as process:
+            time.sleep(seconds)
+            process.kill()
+
     def restart(self) -> None:
         """As after a power cut."""
         self.kill9()

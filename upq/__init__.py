@@ -2,13 +2,13 @@
 
 from typing import TYPE_CHECKING, Any
 
-from upq.errors import Abort, Retry
+from upq.errors import Abort, ChildFailed, Retry, TimedOut
 
 if TYPE_CHECKING:
     from upq.plugins import UpqJob
 
 __version__ = "1.0.0.dev0"
-__all__ = ["Abort", "Retry", "UpqJob", "__version__"]
+__all__ = ["Abort", "ChildFailed", "Retry", "TimedOut", "UpqJob", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,15 @@ import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from upq.errors import Abort, Refused, RequestError, Retry, Unavailable, Uncertain
+from upq.errors import (
+    Abort,
+    ChildFailed,
+    Refused,
+    RequestError,
+    Retry,
+    Unavailable,
+    Uncertain,
+)
 from upq.interrupt import Interrupted
 from upq.job import CANCELLED, DONE, FAILED, RESULT_LIMIT_BYTES
 from upq.plugins import UpqJob, blame
@@ -20,6 +28,8 @@ log = logging.getLogger(__name__)
 RETRY = "retry"
 #: Failed for good: by `raise Abort`, by its check(), or with a result that cannot be stored.
 ABORTED, REFUSED, UNFIT = "aborted", "refused", "unfit"
+#: It is done, and has not asked again for a child that an earlier run has left unfinished.
+CHANGED = "changed"
 #: It took longer than it may.
 TIMEOUT = "timeout"
 #: Ended by `Interrupted`.
@@ -67,6 +77,8 @@ def perform(plugin: UpqJob, file: Path, checks: bool) -> Report:
     except RequestError as error:
         text = join(said(plugin), f"{error.code} {error}")
         return Report(FAILED, text, sound_result(plugin))
+    except ChildFailed as error:
+        return Report(FAILED, join(said(plugin), str(error)), sound_result(plugin))
     except BaseException as error:  # a job's sys.exit() ends the job, not the thread
         if getattr(error, "connection_invalidated", False):  # of SQLAlchemy's DBAPIError
             return Report(AWAY, one_line(error))

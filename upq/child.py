@@ -25,7 +25,7 @@ from upq.errors import RequestError, UpqError
 from upq.interrupt import Door, Interrupted
 from upq.job import FINAL
 from upq.keeper import Keeper
-from upq.plugins import Clipped, Loader, UpqJob, blame, follow_up
+from upq.plugins import Clipped, Loader, UpqJob, blame, follow_up, wait_for
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -192,6 +192,19 @@ class RemoteDesk:
     ) -> RemoteJob:
         return RemoteJob(self, self.ask("enqueue", jobname, params, queue), jobname)
 
+    def wait(self, parent: UpqJob, ids: Sequence[int], timeout_s: float | None = None) -> bool:
+        return bool(self.ask("wait", list(ids), timeout_s))
+
+    def left_behind(self, parent: UpqJob) -> list[Any]:
+        return []  # asked in the daemon only, once the attempt is over
+
+    def find_step(self, job: UpqJob, name: str, nth: int) -> list[Any] | None:
+        found: list[Any] | None = self.ask("find_step", name, nth)
+        return found
+
+    def keep_step(self, job: UpqJob, name: str, nth: int, result: Any) -> None:
+        self.ask("keep_step", name, nth, result)
+
     def progress(self, job: UpqJob, progress: dict[str, Any]) -> None:
         self._lines.send({"progress": progress})
 
@@ -212,7 +225,7 @@ class RemoteEnd:
         return self._job.state in FINAL
 
     def wait(self, timeout: float | None = None) -> bool:
-        return bool(self._job.desk.ask("wait", self._job.jobid, timeout))
+        return bool(self._job.desk.ask("wait", [self._job.jobid], timeout))
 
 
 class RemoteJob:
@@ -236,6 +249,9 @@ class RemoteJob:
     @property
     def msgstr(self) -> str:
         return str(self._look()[2])
+
+    def wait(self, timeout: float | None = None) -> Any:
+        return wait_for(self, timeout)
 
     def _look(self) -> Sequence[Any]:
         seen: Sequence[Any] = self._ended or self.desk.ask("look", self.jobid)

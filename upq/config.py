@@ -396,6 +396,13 @@ class JobSettings:
     max_jobs_per_child: int = setting(
         number(1), "1000", "Jobs that a child process runs before a new one takes its place."
     )
+    on_change: str = setting(
+        one_of("fail", "continue"),
+        "fail",
+        "When a job is done that ran before and has not asked again for a child which that run has"
+        " left unfinished: it has failed (`fail`), or there is a warning in its message and in the"
+        " log (`continue`).",
+    )
     timeout_s: float = setting(
         DURATION, "0", "A job that runs longer is ended, and has failed; 0: no limit."
     )

@@ -9,23 +9,42 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 from sqlalchemy import Engine
 
-from upq.errors import IsCancelled, KeyTaken, NotFound, RequestError, Unavailable, UpqError
+from upq import log as logs
+from upq.batch import waits_reason
+from upq.errors import (
+    IsCancelled,
+    KeyTaken,
+    NotFound,
+    RequestError,
+    Unavailable,
+    Uncertain,
+    UpqError,
+    WrongState,
+)
 from upq.events import Event
 from upq.job import FINAL, Accepted, Job, NewJob
-from upq.plugins import UpqJob
+from upq.plugins import UpqJob, wait_for
 from upq.pool import Pool
 from upq.queue import Queue
-from upq.record import canonical, child_key
+from upq.record import canonical, child_key, step_key
 from upq.views import End, Views
 
 log = logging.getLogger(__name__)
 
 #: Seconds between two looks at a job that may end without a word, as when another daemon ends it.
 LOOK_S = 5.0
+#: Seconds between two tries to reach a database that is away.
+AWAY_RETRY_S = 1.0
+#: How often a step is tried to be stored that the database, which is there, does not take.
+STEP_TRIES = 3
+#: From so many waiting parents on, children are submitted by a few threads for all: one that has
+#: committed by itself keeps 11 KiB in malloc's cache for as long as it lives.
+CROWD, CLERKS = 32, 4
 
 
 class Ends:
@@ -101,7 +120,7 @@ class ChildEnd:
         """True once the child has ended; False when `timeout` seconds are over. Never raises,
         unless the waiting job itself is ended meanwhile.
         """
-        return self._desk.wait(self._parent, self._id, timeout)
+        return self._desk.wait(self._parent, [self._id], timeout)
 
 
 class JobChild:
@@ -132,6 +151,10 @@ class JobChild:
         end = self._end()
         return end.message if end else ""
 
+    def wait(self, timeout: float | None = None) -> Any:
+        """Wait for its end; its result. Raises ChildFailed; TimedOut after `timeout` seconds."""
+        return wait_for(self, timeout)
+
     def _end(self) -> End | None:
         if self._ended is None:
             self._ended = self._desk.end(self.jobid)
@@ -154,6 +177,10 @@ class JobDesk:
         self._ends = ends
         self._pools = pools
         self._front = front
+        self._clerks = ThreadPoolExecutor(CLERKS, "clerk")
+        self._counting = threading.Lock()
+        # Parents that wait.
+        self._waiting = 0
 
     @property
     def db(self) -> Engine:
@@ -178,62 +205,113 @@ class JobDesk:
 
         The n-th of the same type and params is the same job each time the parent runs.
         """
-        job = self._job(parent)
-        if job is None:
-            raise UpqError("enqueue_newjob: this job does not run")
+        job = self._running(parent, "enqueue_newjob")
+        kind = f"{jobname} {canonical(params)}"
+        parent.asked[kind] += 1
+        key = child_key(parent.jobid, jobname, params, parent.asked[kind])
         try:
-            return self._enqueue(parent, job, jobname, params, queue)
+            id = self._find_child(job, key) if job.starts > 1 else None
+            if id is None:
+                new = NewJob(jobname, params, queue, submitter=job.submitter, parent=job.id,
+                             root=job.root, child_key=key)  # fmt: skip
+                id = self._submit(parent, new).id
         except IsCancelled:
             # Somebody has cancelled it by way of another daemon, and nobody here knows it yet.
             parent.cancel()
             raise
+        parent.children.add(id)
+        return JobChild(self, parent, id, jobname)
 
-    def _enqueue(
-        self, parent: UpqJob, job: Job, jobname: str, params: dict[str, Any], queue: str
-    ) -> JobChild:
-        kind = f"{jobname} {canonical(params)}"
-        parent.asked[kind] += 1
-        key = child_key(parent.jobid, jobname, params, parent.asked[kind])
-        if job.starts > 1:
-            found = self._views.child(key)
-            if found is not None:
-                id, again = found
-                if again:
-                    try:
-                        self._queue.retry(id, job.submitter, parent=job.id)
-                    except KeyTaken as taken:
-                        id = taken.holder
-                        self._queue.check_repeat(job.id, id)
-                return JobChild(self, parent, id, jobname)
-        new = NewJob(jobname, params, queue, submitter=job.submitter, parent=job.id, root=job.root,
-                     child_key=key)  # fmt: skip
-        return JobChild(self, parent, self._front.submit_child(new).id, jobname)
+    def _submit(self, parent: UpqJob, new: NewJob) -> Accepted:
+        def submit() -> Accepted:
+            with logs.job(parent.jobname, parent.jobid, new.root):
+                return self._front.submit_child(new)
+
+        return submit() if self._waiting < CROWD else self._clerks.submit(submit).result()
+
+    def _find_child(self, job: Job, key: str) -> int | None:
+        """What an earlier run has queued; queued again when it has failed and is to run again."""
+        found = self._views.child(key)
+        if found is None:
+            return None
+        id, again = found
+        if again:
+            try:
+                self._queue.retry(id, job.submitter, parent=job.id)
+            except KeyTaken as taken:
+                self._queue.check_repeat(job.id, taken.holder)
+                return taken.holder
+            except IsCancelled:
+                raise
+            except WrongState:
+                log.debug("job %d was queued again by somebody else", id)
+        return id
+
+    def left_behind(self, parent: UpqJob) -> list[tuple[int, str, str]]:
+        """Children of earlier runs that are unfinished and were not asked for in this one: id,
+        type, state.
+        """
+        unfinished = self._views.unfinished_children(parent.jobid)
+        return [one for one in unfinished if one[0] not in parent.children]
+
+    def find_step(self, job: UpqJob, name: str, nth: int) -> list[Any] | None:
+        """What the n-th step of this name has returned in an earlier run, in a list."""
+        running = self._running(job, f"step {name}")
+        return self._views.step(job.jobid, step_key(name, nth)) if running.starts > 1 else None
+
+    def keep_step(self, job: UpqJob, name: str, nth: int, result: Any) -> None:
+        """Store what a step has returned, once the database is there. Raises WrongState when the
+        job's claim is lost.
+        """
+        running = self._running(job, f"step {name}")
+        tries = 0
+        while True:
+            try:
+                return self._queue.keep_step(running, step_key(name, nth), name, result)
+            except (Unavailable, Uncertain):
+                job.must_end()
+                tries += not self._queue.writer.trouble
+                if tries == STEP_TRIES or not job.may_wait():
+                    raise
+                time.sleep(AWAY_RETRY_S)
 
     def progress(self, job: UpqJob, progress: dict[str, Any]) -> None:
         self._queue.set_progress(job.jobid, job.token, progress)
 
-    def wait(self, parent: UpqJob, id: int, timeout_s: float | None) -> bool:
-        """Wait for a job's end; the parent's place is free meanwhile."""
+    def wait(self, parent: UpqJob, ids: Sequence[int], timeout_s: float | None = None) -> bool:
+        """Wait for the ends of jobs; the parent's place is free meanwhile. False when the time is
+        over, or one of them is gone.
+        """
         try:
-            if self._views.end(id) is not None:
-                return True
+            ids = self._views.unfinished(ids)
         except RequestError:
-            log.warning("looking for the end of job %d failed", id, exc_info=True)
+            log.warning("looking for the ends of jobs failed", exc_info=True)
+        if not ids:
+            return True
         job, pool = self._job(parent), self._pools(parent.jobname, parent.token)
         if job is None or pool is None or not parent.in_own_thread:
             # A helper thread of the job holds no place that could be given back.
-            return self._wait_out(parent, id, timeout_s)
-        self._queue.set_reason(job, f"waits for {id}")
+            return self._wait_out(parent, ids, timeout_s)
+        self._queue.set_reason(job, waits_reason(ids))
+        self._count(1)
         pool.park(parent.token)
         try:
-            return self._wait_out(parent, id, timeout_s)
+            return self._wait_out(parent, ids, timeout_s)
         finally:
+            self._count(-1)
             pool.unpark(parent.token, at_once=not parent.may_wait())
             self._queue.set_reason(job, "")
             parent.must_end()
 
-    def _wait_out(self, parent: UpqJob, id: int, timeout_s: float | None) -> bool:
+    def _count(self, more: int) -> None:
+        with self._counting:
+            self._waiting += more
+
+    def _wait_out(self, parent: UpqJob, ids: Sequence[int], timeout_s: float | None) -> bool:
         over_s = None if timeout_s is None else time.monotonic() + timeout_s
+        return all([self._wait_for(parent, id, over_s) for id in ids])
+
+    def _wait_for(self, parent: UpqJob, id: int, over_s: float | None) -> bool:
         while True:
             left_s = None if over_s is None else max(over_s - time.monotonic(), 0)
             try:
@@ -243,7 +321,13 @@ class JobDesk:
             except RequestError:  # the database is away: go on waiting
                 if left_s == 0 or not parent.may_wait():
                     return False
-                time.sleep(1.0)
+                time.sleep(AWAY_RETRY_S)
+
+    def _running(self, parent: UpqJob, what: str) -> Job:
+        job = self._job(parent)
+        if job is None:
+            raise UpqError(f"{what}: this job does not run")
+        return job
 
     def _job(self, parent: UpqJob) -> Job | None:
         pool = self._pools(parent.jobname, parent.token)

@@ -26,13 +26,17 @@ UpqError
 │   ├── AlreadyRunning      75
 │   ├── NotAllowed          77
 │   └── ConfigError         78  every fault of the configuration, with file and line
+├── ChildFailed             a job that another waited for has not ended well
 ├── Retry                   raised by a job: try again after so many seconds
 └── Abort                   raised by a job: fail for good, whatever `retries` says
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+#: Characters of a child's message that stand in the text of a ChildFailed.
+CHILD_CHARS = 1000
 
 
 class UpqError(Exception):
@@ -151,6 +155,27 @@ class ConfigError(StartError):
     def __init__(self, faults: Iterable[str]) -> None:
         self.faults = list(faults)
         super().__init__("\n".join(self.faults))
+
+
+class ChildFailed(UpqError):
+    """Raised by `wait()` of a child and by `gather()`: it has ended, and is not done.
+
+    Of several it is the first; `others` has the rest.
+    """
+
+    code = "child_failed"
+
+    def __init__(
+        self, id: int, type: str, state: str, message: str = "", others: Sequence[ChildFailed] = ()
+    ) -> None:
+        self.id = id
+        self.type = type
+        self.state = state
+        #: What the child has said, whole.
+        self.message = message
+        self.others = tuple(others)
+        own = f"{type} {id} is {state}" + (f": {message[:CHILD_CHARS]}" if message else "")
+        super().__init__("; ".join((own, *map(str, others))))
 
 
 class Retry(UpqError):

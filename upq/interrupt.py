@@ -15,7 +15,7 @@ T = TypeVar("T")
 #: Packages whose code is never interrupted: it may hold locks that the whole daemon needs.
 SPARED = frozenset(("importlib", "logging", "sqlalchemy", "upq"))
 #: Of these, the code that runs a job's own: nothing is held there.
-PASSED_BY = "upq.attempt"
+PASSED_BY = frozenset(("upq.attempt", "upq.steps"))
 
 
 class Interrupted(BaseException):
@@ -110,7 +110,7 @@ def _is_safe(ident: int, outermost: CodeType) -> bool:
     frame = sys._current_frames().get(ident)
     while frame is not None and frame.f_code is not outermost:
         name = frame.f_globals.get("__name__") or ""
-        if name.partition(".")[0] in SPARED and name != PASSED_BY:
+        if name.partition(".")[0] in SPARED and name not in PASSED_BY:
             return False
         frame = frame.f_back
     return frame is not None

@@ -12,6 +12,7 @@ import importlib.machinery
 import importlib.util
 import inspect
 import io
+import json
 import logging
 import math
 import os
@@ -28,11 +29,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
-from upq.errors import Broken, UpqError
+from upq.errors import BadParams, Broken, ChildFailed, TimedOut, TooLong, UpqError
 from upq.interrupt import Door
-from upq.job import DONE, Chain, Output
+from upq.job import DONE, FINAL, RESULT_LIMIT_BYTES, Chain, Output
 from upq.params import ParamSpec
 from upq.secret import MASK, SHORT, open_end, scrub
+from upq.steps import Steps
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -45,10 +47,14 @@ OUTPUT_LIMIT_BYTES = 1 << 20
 WRITE_CHARS = 1 << 16
 #: Seconds between two progress reports that are stored.
 PROGRESS_S = 0.5
+#: Characters that the name of a step may have.
+STEP_CHARS = 200
 #: The private package that job modules live in: a job called `json` is not the library.
 PACKAGE = "upq_jobs"
 
 log = logging.getLogger(__name__)
+
+_dumps = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
 
 class Finished(Protocol):
@@ -73,6 +79,7 @@ class Child(Protocol):
     def result(self) -> Any: ...
     @property
     def msgstr(self) -> str: ...
+    def wait(self, timeout: float | None = None) -> Any: ...
 
 
 class Desk(Protocol):
@@ -83,6 +90,10 @@ class Desk(Protocol):
     def enqueue(
         self, parent: UpqJob, jobname: str, params: dict[str, Any], queue: str = ""
     ) -> Child: ...
+    def wait(self, parent: UpqJob, ids: Sequence[int], timeout_s: float | None = None) -> bool: ...
+    def left_behind(self, parent: UpqJob) -> list[Any]: ...
+    def find_step(self, job: UpqJob, name: str, nth: int) -> list[Any] | None: ...
+    def keep_step(self, job: UpqJob, name: str, nth: int, result: Any) -> None: ...
     def progress(self, job: UpqJob, progress: dict[str, Any]) -> None: ...
     def list_queues(self) -> list[dict[str, Any]]: ...
     def list_jobs(self, queue: str, limit: int) -> list[dict[str, Any]]: ...
@@ -228,7 +239,22 @@ class Flag:
         return self._is_set
 
 
-class UpqJob:
+def wait_for(job: Child, timeout_s: float | None) -> Any:
+    """Wait for a child; its result. Raises ChildFailed, or TimedOut when the time is over."""
+    job.finished.wait(timeout_s)
+    state = job.state
+    if state not in FINAL:
+        raise TimedOut(f"{job.jobname} {job.jobid} is still {state}")
+    if state != DONE:
+        raise failure(job)
+    return job.result
+
+
+def failure(job: Child) -> ChildFailed:
+    return ChildFailed(job.jobid, job.jobname, job.state, job.msgstr)
+
+
+class UpqJob(Steps):
     """Base of every job: override `run()`, and `check()` where a job may be refused.
 
     An instance lives for one `check()`, or for one `check()` and `run()` in the same thread.
@@ -280,6 +306,9 @@ class UpqJob:
         self.token = 0
         #: How many jobs of each kind this attempt has queued: what names them after a crash.
         self.asked: Counter[str] = Counter()
+        #: These jobs.
+        self.children: set[int] = set()
+        self._steps: Counter[str] = Counter()
         self._chain = list(chain)
         self._desk = desk
         self._output_limit_bytes = output_limit_bytes
@@ -406,6 +435,7 @@ class UpqJob:
 
     def append_job(self, jobname: str, params: Mapping[str, Any] | None = None) -> None:
         """Put a step in front of those that follow this job; params join the shared jobdata."""
+        self._must_be_outside("append_job")
         self._chain.insert(0, jobname)
         self.jobdata.update(params or {})
 
@@ -420,24 +450,40 @@ class UpqJob:
         """
         if not self.in_own_thread:
             raise UpqError("enqueue_newjob: only the job's own thread may queue jobs")
-        return self._need_desk().enqueue(self, jobname, dict(params or {}), queue)
+        self._must_be_outside("enqueue_newjob")
+        given = dict(params or {})
+        try:
+            _dumps(given)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise BadParams(f"{jobname}: its params are no JSON: {error}") from None
+        return self._need_desk().enqueue(self, jobname, given, queue)
 
-    def submit(self, jobname: str, **params: Any) -> Child:
-        """`enqueue_newjob` with the params as keywords."""
-        return self.enqueue_newjob(jobname, params)
+    def submit(
+        self,
+        jobname: str,
+        params: Mapping[str, Any] | None = None,
+        /,
+        *,
+        queue: str = "",
+        **more: Any,
+    ) -> Child:
+        """`enqueue_newjob` with the params as keywords; one called `queue` comes in `params`."""
+        return self.enqueue_newjob(jobname, {**(params or {}), **more}, queue=queue)
 
-    def gather(self, jobs: Iterable[Child]) -> list[Any]:
-        """Wait for children; their results in the order given. Raises UpqError if one is not done.
+    def gather(self, jobs: Iterable[Child], *, return_failed: bool = False) -> list[Any]:
+        """Wait for children; their results in the order given. All have ended then, in any case.
 
-        All have ended then, in any case.
+        Raises ChildFailed, which names each that is not done; with return_failed there is one in
+        the list for each of them.
         """
         jobs = list(jobs)
-        for job in jobs:
-            job.finished.wait()
-        bad = [f"{job.jobname} {job.jobid} is {job.state}" for job in jobs if job.state != DONE]
-        if bad:
-            raise UpqError(", ".join(bad))
-        return [job.result for job in jobs]
+        self._need_desk().wait(self, [job.jobid for job in jobs])
+        ends = [job.result if job.state == DONE else failure(job) for job in jobs]
+        failed = [end for end in ends if isinstance(end, ChildFailed)]
+        if failed and not return_failed:
+            first = failed[0]
+            raise ChildFailed(first.id, first.type, first.state, first.message, failed[1:])
+        return ends
 
     def enqueue_job(self) -> None:
         """Kept for jobs of the first upq: a check() that does not refuse queues by itself."""
@@ -445,6 +491,35 @@ class UpqJob:
     def notify(self, succeed: bool) -> None:
         """Also send the type's notifications for success or failure when this attempt ends."""
         self._notify_asked.append(bool(succeed))
+
+    def find_step(self, name: str) -> tuple[int, list[Any] | None]:
+        if not isinstance(name, str) or not 0 < len(name) <= STEP_CHARS:
+            raise UpqError(f"step: a name of 1 to {STEP_CHARS} characters, not {name!r:.300}")
+        if not self.in_own_thread:
+            raise UpqError(f"step {name}: only the job's own thread may take steps")
+        self._must_be_outside(f"step {name}")
+        desk = self._need_desk()
+        self._steps[name] += 1
+        return self._steps[name], desk.find_step(self, name, self._steps[name])
+
+    def keep_step(self, name: str, nth: int, result: Any) -> Any:
+        try:
+            text = _dumps(result)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UpqError(f"step {name}: what it returns is no JSON: {error}") from None
+        if len(text) > RESULT_LIMIT_BYTES:
+            raise TooLong(
+                f"step {name}: what it returns has {len(text)} bytes, more than"
+                f" {RESULT_LIMIT_BYTES}"
+            )
+        value = json.loads(text)
+        self._need_desk().keep_step(self, name, nth, value)
+        return value
+
+    def _must_be_outside(self, what: str) -> None:
+        """What a step does besides its work would be missing when its result is only looked up."""
+        if self.in_step:
+            raise UpqError(f"{what}: not inside step {self.in_step}")
 
     def _need_desk(self) -> Desk:
         if self._desk is None:
@@ -458,7 +533,7 @@ class UpqJob:
 
 
 #: What every job has; no parameter of a class can be called so.
-ATTRIBUTES = frozenset((*vars(UpqJob), *vars(UpqJob("", {}))))
+ATTRIBUTES = frozenset((*dir(UpqJob), *vars(UpqJob("", {}))))
 
 
 class SourceLoader(importlib.machinery.SourceFileLoader):

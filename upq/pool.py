@@ -25,6 +25,8 @@ LOOK_AHEAD_S, LOOK_AHEAD_JOBS = 0.02, 256
 LOOK_S = 0.05
 #: Seconds an idle thread stays when it is not the only one.
 IDLE_S = 10.0
+#: Threads beyond the places that stay all the same: a parent that goes on leaves one over.
+SPARE_THREADS = 4
 
 
 class Pool:
@@ -40,7 +42,10 @@ class Pool:
         self.concurrent = concurrent
         self._runner = runner
         self._wake_claimer = wake
-        self._changed = threading.Condition()
+        lock = threading.RLock()
+        self._changed = threading.Condition(lock)
+        # Told of one free place at a time: there may be a thousand parents that want to go on.
+        self._freed = threading.Condition(lock)
         self._claimed: deque[tuple[Job, float]] = deque()
         self._running = 0
         self._resuming = 0
@@ -153,6 +158,7 @@ class Pool:
         with self._changed:
             self.concurrent = concurrent
             self._changed.notify_all()
+            self._freed.notify_all()
         self._wake_claimer()
 
     def close(self) -> None:
@@ -160,6 +166,7 @@ class Pool:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+            self._freed.notify_all()
 
     # For waiting parents
 
@@ -181,7 +188,7 @@ class Pool:
         with self._changed:
             self._resuming += 1
             while self._running >= self.concurrent and not self._closed and not at_once:
-                self._changed.wait()
+                self._freed.wait()
             self._resuming -= 1
             if token in self._parked:  # it was not given up meanwhile
                 self._parked.discard(token)
@@ -207,7 +214,7 @@ class Pool:
     def _next(self) -> None:
         """A place is free: let one that waits for it go on, or start a thread for what waits."""
         if self._resuming:
-            self._changed.notify_all()
+            self._freed.notify()
         elif self._claimed:
             if self._idle:
                 self._changed.notify()
@@ -228,7 +235,7 @@ class Pool:
                 self._usual_s += (took_s - self._usual_s) / (8 if took_s < self._usual_s else 1)
                 self._forget(job.token)
                 if self._resuming:
-                    self._changed.notify_all()
+                    self._freed.notify()
 
     def _forget(self, token: int) -> None:
         if token in self._parked:
@@ -261,6 +268,8 @@ class Pool:
                         self._start_thread()
                     return job
                 self._wake_claimer()
+                if self._threads - len(self._parked) > self.concurrent + SPARE_THREADS:
+                    break
                 self._idle += 1
                 stays = self._changed.wait(IDLE_S if self._threads > 1 else None)
                 self._idle -= 1

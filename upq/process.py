@@ -270,6 +270,10 @@ class ProcessJob(UpqJob):
             "enqueue": self._enqueue,
             "wait": self._wait,
             "look": self._look_at,
+            "find_step": lambda name, nth: self._need_desk().find_step(self, name, nth),
+            "keep_step": lambda name, nth, value: self._need_desk().keep_step(
+                self, name, nth, value
+            ),
             "list_queues": self._need_desk().list_queues,
             "list_jobs": self._need_desk().list_jobs,
         }
@@ -279,8 +283,8 @@ class ProcessJob(UpqJob):
         except UpqError as error:
             return {"error": error.code, "text": str(error)}
 
-    def _wait(self, id: int, timeout: float | None) -> bool:
-        return self._queued[id].finished.wait(timeout)
+    def _wait(self, ids: list[int], timeout: float | None) -> bool:
+        return self._need_desk().wait(self, [self._queued[id].jobid for id in ids], timeout)
 
     def _look_at(self, id: int) -> list[Any]:
         job = self._queued[id]

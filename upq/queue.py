@@ -543,6 +543,22 @@ class Queue:
             Act(lambda b: b.tx.run(st.SET_REASON, id=of.id, token=of.token, value=reason[:255]))
         )
 
+    def keep_step(self, of: Job, key: str, name: str, result: Any) -> None:
+        """Store what a step of a running job has returned; to repeat that does no harm.
+
+        Raises WrongState when another claim owns the job.
+        """
+        text = self.vault.encode(result, of.params, of.data)
+
+        def run(batch: Batch) -> None:
+            if not batch.tx.fetch(st.LOCK_CLAIM, id=of.id, token=of.token):
+                raise WrongState(f"job {of.id}: another claim owns it, step {name} is not kept")
+            if not batch.tx.fetch(st.FIND_STEP, job=of.id, key=key):
+                batch.tx.run(st.ADD_STEP, job=of.id, key=key, name=clean(name)[:255], result=text,
+                             now=batch.now)  # fmt: skip
+
+        value_of(self.writer.run([Act(run, len(text))])[0])
+
     def set_progress(self, id: int, token: int, progress: dict[str, Any]) -> None:
         """Store how far a running job is; soon, and only the latest that is known then."""
         is_new = token not in self._progress
@@ -764,6 +780,7 @@ class Queue:
                 for sql in (
                     st.DELETE_EVENTS,
                     st.DELETE_OUTPUTS,
+                    st.DELETE_STEPS,
                     st.DELETE_OWN_EDGES,
                     st.DELETE_JOBS,
                 ):

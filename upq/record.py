@@ -78,6 +78,11 @@ def child_key(parent: int, type: str, params: dict[str, Any], nth: int) -> str:
     return digest("child", str(parent), type, canonical(params), str(nth))
 
 
+def step_key(name: str, nth: int) -> str:
+    """The name of the n-th step of this name in any job."""
+    return digest("step", name, str(nth))
+
+
 _encode = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
 

@@ -12,7 +12,19 @@ from typing import Any
 
 from upq import log as logs
 from upq import notify, when, workflow
-from upq.attempt import AWAY, BROKEN, CRASHED, RETRY, TIMEOUT, UNFIT, Report, left, with_fault
+from upq.attempt import (
+    AWAY,
+    BROKEN,
+    CHANGED,
+    CRASHED,
+    RETRY,
+    TIMEOUT,
+    UNFIT,
+    Report,
+    join,
+    left,
+    with_fault,
+)
 from upq.db import one_line
 from upq.errors import BadParams, RequestError
 from upq.executor import Executor, Threads
@@ -37,6 +49,8 @@ AWAY_WAIT_US = 5_000_000
 LOCKED_WAIT_US = 60_000_000
 #: Seconds between two tries to store an end.
 AWAY_RETRY_S = 0.5
+#: Children left behind that are named.
+LEFT_SHOWN = 8
 DIED = Outcome(FAILED, "the daemon died each time while it ran", reason="crashed")
 LATE = Outcome(EXPIRED, "it has not started in time")
 
@@ -154,8 +168,30 @@ class Runner:
             plugin.cancel()
         begun(plugin)
         report = executor.perform(kind, plugin)
+        if job.starts > 1 and report.end == DONE:
+            report = self._minding_change(kind, plugin, report)
         plugin.finished.set()
         return plugin, self._outcome(job, kind, plugin, report)
+
+    def _minding_change(self, kind: JobType, plugin: UpqJob, report: Report) -> Report:
+        """The report, with what it means that a child of an earlier run was left behind."""
+        while True:
+            try:
+                found = self.desk.left_behind(plugin) if self.desk is not None else []
+                break
+            except RequestError as error:
+                log.warning("looking for children left behind failed: %s", error)
+                time.sleep(AWAY_RETRY_S)
+        if not found:
+            return report
+        shown = ", ".join(f"{type} {id} ({state})" for id, type, state in found[:LEFT_SHOWN])
+        more = f" and {len(found) - LEFT_SHOWN} more" if len(found) > LEFT_SHOWN else ""
+        text = f"an earlier run has queued {shown}{more}, and this one has not asked again for it"
+        message = join(report.message, text)
+        if kind.cfg.on_change == "continue":
+            log.warning("%s", text)
+            return report._replace(message=message)
+        return Report(CHANGED, f"{message} (on_change = fail)", report.result)
 
     def _outcome(self, job: Job, kind: JobType, plugin: UpqJob, report: Report) -> Outcome:
         """What an attempt's end means for the job."""

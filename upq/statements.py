@@ -24,7 +24,7 @@ OLDEST_LOOKS = 100
 
 job, event, lane, edge = schema.job, schema.event, schema.lane, schema.edge
 tally, counter, output, node = schema.tally, schema.counter, schema.output, schema.node
-limit = schema.limit
+limit, step = schema.limit, schema.step
 slot = schema.slot
 health = schema.health
 
@@ -377,6 +377,7 @@ DELETE_JOBS = Sql(delete_by(job.c.id))
 DELETE_EVENTS = Sql(delete_by(event.c.job))
 DELETE_OUTPUTS = Sql(delete_by(output.c.job))
 DELETE_EDGES = Sql(delete_by(edge.c.needs))
+DELETE_STEPS = Sql(delete_by(step.c.job))
 DELETE_OWN_EDGES = Sql(delete_by(edge.c.job))
 
 #: Children of a parent that runs anew: those that have ended badly are to run again when asked for.
@@ -492,6 +493,17 @@ def of_claim(column: str) -> Sql:
 
 SET_REASON = of_claim("reason")
 SET_PROGRESS = of_claim("progress")
+
+#: A running job, locked, if it is still this claim's.
+LOCK_CLAIM = Sql(
+    sa.select(job.c.id).where(job.c.id == big("id"), job.c.token == big("token")).with_for_update()
+)
+FIND_STEP = Sql(sa.select(step.c.at).where(step.c.job == big("job"), step.c.key == word("key")))
+ADD_STEP = Sql(
+    sa.insert(step).values(
+        job=big("job"), key=word("key"), name=word("name"), result=word("result"), at=big("now")
+    )
+)
 
 LANES = Sql(sa.select(lane.c.id, lane.c.queue, lane.c.type, lane.c.paused))
 FIND_LANE = Sql(

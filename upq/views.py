@@ -27,7 +27,7 @@ from upq.whole import Member, count_steps
 job, event, output, tally, edge, node = (
     schema.job, schema.event, schema.output, schema.tally, schema.edge, schema.node,
 )  # fmt: skip
-slot = schema.slot
+slot, step = schema.slot, schema.step
 
 #: Rows of one list at the most, and how far the place of a waiting job is counted.
 LIST_LIMIT, AHEAD_LIMIT = 1000, 1000
@@ -473,6 +473,28 @@ class Views:
             return None
         id, state, reason = found[0]
         return id, state in FINAL and reason == AGAIN
+
+    def unfinished(self, ids: Sequence[int]) -> list[int]:
+        """Those of these jobs that have not ended, or are gone, in the order given."""
+        ended: set[int] = set()
+        for start in range(0, len(ids), CHUNK):
+            those = job.c.id.in_(ids[start : start + CHUNK])
+            query = sa.select(job.c.id).where(those, job.c.state.in_(FINAL))
+            ended.update(row[0] for row in self._rows(query))
+        return [id for id in ids if id not in ended]
+
+    def unfinished_children(self, id: int) -> list[tuple[int, str, str]]:
+        """What a job has queued itself and has not ended: id, type, state."""
+        query = sa.select(job.c.id, job.c.type, job.c.state).where(
+            job.c.parent == id, job.c.child_key.is_not(None), job.c.state.not_in(FINAL)
+        )
+        return [(*row,) for row in self._rows(query.order_by(job.c.id))]
+
+    def step(self, id: int, key: str) -> list[Any] | None:
+        """What a job's step has returned, in a list; None when it was not done. Raises NoKey."""
+        query = sa.select(step.c.result).where(step.c.job == id, step.c.key == key)
+        found = self._rows(query)
+        return [self._vault.decode(found[0][0])] if found else None
 
     def counts(self) -> dict[int, dict[str, int]]:
         """How many jobs each lane has in each state. Costs the same with a million rows."""
