@@ -15,6 +15,7 @@ initdb postgresql
 mariadbd mariadb-server-core
 my_print_defaults mariadb-client-core
 nc.openbsd netcat-openbsd
+pgrep procps
 php php-cli
 rsyslogd rsyslog
 strace strace
