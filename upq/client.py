@@ -110,9 +110,17 @@ class Filling:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        if error is None:
-            self.close()
-        elif self.id:
+        try:
+            if error is None:
+                self.close()
+                return
+        except RequestError:
+            self._cancel()
+            raise
+        self._cancel()
+
+    def _cancel(self) -> None:
+        if self.id:
             with suppress(OSError, RequestError):
                 self._client.cancel(self.id)
 

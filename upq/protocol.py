@@ -247,7 +247,7 @@ def _parse_json(text: str) -> Request:
         if not isinstance(verb, str) or verb not in VERBS:
             raise UnknownCommand(f"no verb {json.dumps(verb)[:40]}")
         return Request(VERB, verb, _convert_arguments(verb, fields), json=True, line=text)
-    if "submit_many" in fields or "batch" in fields:
+    if not fields.keys().isdisjoint(("submit_many", "then", "batch")):
         return _json_many(fields, text)
     return _json_submit(fields, text)
 
