@@ -22,7 +22,7 @@ from typing import NamedTuple
 import sqlalchemy as sa
 
 from tests.bench import percentile, report
-from tests.daemons import Daemon
+from tests.daemons import Daemon, until
 from tests.servers import MariaDB, Postgres, short_folder
 from upq import schema
 from upq.client import Client, job
@@ -132,6 +132,8 @@ class Killed(NamedTuple):
     not_whole: list[int]
     #: Follow-ups that were started again, since the daemon died while they ran.
     again: int
+    #: Jobs that ran at three kills in a row, failed for that and were retried.
+    retried: int
 
 
 def kill_at_random(daemon: Daemon, kills: int, rng: random.Random) -> Killed:
@@ -141,7 +143,7 @@ def kill_at_random(daemon: Daemon, kills: int, rng: random.Random) -> Killed:
 
     def kill() -> None:
         while done[0] < kills:
-            time.sleep(rng.uniform(0, 0.25))
+            time.sleep(rng.uniform(0, 0.5))
             daemon.kill9()
             done[0] += 1
             daemon.start()
@@ -153,9 +155,17 @@ def kill_at_random(daemon: Daemon, kills: int, rng: random.Random) -> Killed:
     while not over.is_set():
         ids.append(fill(daemon, len(ids)))
     killer.join()
+
+    def is_over() -> bool:
+        counts = daemon.ask("status")["jobs"]
+        return not counts["queued"] + counts["running"]
+
+    until(is_over)
+    # What ran at three kills in a row has failed for that.
+    retried = sum(daemon.ask(f"retry type:{one} state:failed")["n"] for one in ("noop", "report"))
     for id in ids:
         daemon.wait(id)
-    return judge(daemon, ids, done[0])
+    return judge(daemon, ids, done[0], retried)
 
 
 def fill(daemon: Daemon, nth: int) -> int:
@@ -192,7 +202,7 @@ def persist(upq: Client, send: object, nth: int) -> None:
                 upq.connect()
 
 
-def judge(daemon: Daemon, ids: list[int], kills: int) -> Killed:
+def judge(daemon: Daemon, ids: list[int], kills: int, retried: int) -> Killed:
     """Look into the tables: what is there, how often, and how it has ended."""
     url = daemon.url or f"sqlite:///{daemon.folder}/state/upq.db"
     engine = sa.create_engine(url, poolclass=sa.NullPool)
@@ -214,7 +224,7 @@ def judge(daemon: Daemon, ids: list[int], kills: int) -> Killed:
     not_once = [id for id in ids if reports.get(id) != "done" or not ended[f"report {id}"]]
     not_once += sorted(reports.keys() - set(ids))
     again = sum(ended[f"report {id}"] - 1 for id in ids)
-    return Killed(len(ids), kills, not_once, not_whole, again)
+    return Killed(len(ids), kills, not_once, not_whole, again, retried)
 
 
 # What it prints
@@ -261,6 +271,7 @@ def report_kills(kind: str, daemon: Daemon, kills: int, seed: int) -> bool:
     report("batches whose follow-up was not done once", str(len(found.not_once)), "goal 0")
     report("batches with members missing or doubled", str(len(found.not_whole)), "goal 0")
     report("follow-ups begun again: killed while they ran", str(found.again))
+    report("jobs failed after three kills, and retried", str(found.retried))
     return not found.not_once and not found.not_whole
 
 
