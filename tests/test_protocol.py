@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from upq import protocol, wire
 from upq.errors import BadParams, BadText, RequestError, TooLong, UnknownCommand
-from upq.protocol import SUBMIT, SUBMIT_MANY, VERB, Options, Request
+from upq.protocol import SUBMIT, SUBMIT_MANY, VERB, Batch, Options, Request
 
 
 def parse(line: str | bytes) -> Request:
@@ -165,6 +165,33 @@ def test_submit_many_holds_submits() -> None:
     assert [(each.verb, each.params) for each in request.many] == [("a", {}), ("b", {"x": [1]})]
 
 
+def test_a_submit_of_many_may_be_a_line() -> None:
+    request = parse('{"submit_many": ["a x:1 @priority:high", {"submit": "b"}]}')
+    first, second = request.many
+    assert (first.verb, first.params, first.options.priority) == ("a", {"x": "1"}, 10)
+    assert (second.verb, request.batch) == ("b", None)
+
+
+def test_submit_many_says_what_follows_a_batch() -> None:
+    request = parse('{"submit_many": ["a"], "then": "b x:1", "when": "ended", "open": true}')
+    assert request.kind == SUBMIT_MANY
+    batch = request.batch
+    assert batch is not None
+    assert batch.then is not None
+    assert (batch.then.verb, batch.then.params) == ("b", {"x": "1"})
+    assert batch == Batch(batch.then, 0, "ended", "", True)
+    later = parse('{"then": {"submit": "b"}}')
+    assert (later.kind, later.many, later.batch and later.batch.open) == (SUBMIT_MANY, (), False)
+
+
+def test_submit_many_adds_to_a_batch_and_closes_it() -> None:
+    assert parse('{"submit_many": ["a"], "batch": 17}').batch == Batch(id=17, open=True)
+    keyed = parse('{"submit_many": ["a"], "batch": 17, "key": "k", "close": true}').batch
+    assert keyed == Batch(id=17, key="k")
+    closing = parse('{"batch": 17, "close": true}')
+    assert (closing.many, closing.batch) == ((), Batch(id=17))
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -189,6 +216,11 @@ def test_submit_many_holds_submits() -> None:
         *('{"submit_many": []}', '{"submit_many": {}}', '{"submit_many": [1]}'),
         '{"submit_many": [{"submit": "a"}], "submit": "b"}',
         '{"submit_many": [{"verb": "ping"}]}',
+        *('{"submit_many": ["ping"]}', '{"submit_many": [""]}', '{"submit_many": ["{}"]}'),
+        *('{"batch": 17}', '{"batch": "x", "close": true}', '{"batch": 17, "close": 1}'),
+        *('{"then": "a", "batch": 17}', '{"then": ["a"]}', '{"then": "a", "when": "x"}'),
+        '{"submit_many": ["a"], "open": true}',
+        '{"submit_many": ["a"], "batch": 17, "when": "done"}',
         *('{"verb": "show"}', '{"verb": "show", "id": "x"}', '{"verb": "ping", "submit": "a"}'),
         'test {"a": 1',
         'test {"a": 1}x',

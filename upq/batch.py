@@ -11,7 +11,7 @@ import logging
 import os
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -38,6 +38,7 @@ from upq.job import (
     Outcome,
 )
 from upq.limits import Limiter, is_paced, kept, kept_text, turn_reason
+from upq.members import Members, after_reason, kept_batch
 from upq.notify import address
 from upq.sql import Sql, Tx
 from upq.vault import Vault
@@ -72,6 +73,11 @@ class Submit:
         return sum(
             len(row[st.AT["params"]]) + len(row[st.AT["options"]] or "") for row in self.rows
         )
+
+    @property
+    def replaces(self) -> bool:
+        """Whether any of the jobs takes the place of others."""
+        return any(one is not None and one.when_busy == REPLACE for one in self.limits or ())
 
     def instead(self, error: Exception) -> None:
         return None
@@ -202,6 +208,7 @@ class Batch:
         self._first = 0
         self._limiter: Limiter | None = None
         self.family = Family(self)
+        self.members = Members(tx, home.vault)
 
     @property
     def limiter(self) -> Limiter:
@@ -312,43 +319,50 @@ class Batch:
         """The new jobs, each submit's all or none. Without `follow`, what is to come below a
         cancelled job is refused.
         """
-        known = self._known_keys(submits)
+        known = self.known_keys(submits)
         closed = set() if follow else self.family.closed(parents_of(submits))
         results: list[Any] = []
         fresh: list[list[Any]] = []
         edges: list[tuple[int, int]] = []
         for one in submits:
             if fresh and one.limits is not None and looks_at_others(one.rows):
-                self._store(fresh, edges)
+                self.store(fresh, edges)
                 fresh, edges = [], []
             try:
                 if closed:
                     refuse_below(one, closed)
-                accepted, new, new_edges = self._accept(one, known)
+                accepted, new, new_edges = self.accept(one, known)
             except RequestError as error:
                 results.append(error)
                 continue
             results.append(accepted)
             fresh += new
             edges += new_edges
-            who = one.who
-            for row in new:
-                state, reason = row[st.AT["state"]], row[st.AT["reason"]]
-                self.moved(row[0], row[1], None, state, reason=reason, who=who)
-                self.note_due(row[st.AT["due_at"]])
-                if len(row) > st.PLAIN:
-                    self.note_due(row[st.AT["expires_at"]])
-                    if (line := row[st.AT["serial_key"]]) is not None:
-                        self.limiter.came(row[0], line)
-            if one.limits is not None and any(m and m.when_busy == REPLACE for m in one.limits):
-                self._store(fresh, edges)
+            self.note_new(new, one.who)
+            if one.replaces:
+                self.store(fresh, edges)
                 fresh, edges = [], []
-                self.limiter.replace(new, self._limits_of(one, new), who)
-        self._store(fresh, edges)
+                self.replace(one, new)
+        self.store(fresh, edges)
         if self._met:
             met, self._met = self._met, []
             self._heed(met)
         return results
+
+    def note_new(self, new: list[list[Any]], who: str) -> None:
+        """These jobs are queued: events, and what becomes of them by the time alone."""
+        for row in new:
+            state, reason = row[st.AT["state"]], row[st.AT["reason"]]
+            self.moved(row[0], row[1], None, state, reason=reason, who=who)
+            self.note_due(row[st.AT["due_at"]])
+            if len(row) > st.PLAIN:
+                self.note_due(row[st.AT["expires_at"]])
+                if (line := row[st.AT["serial_key"]]) is not None:
+                    self.limiter.came(row[0], line)
+
+    def replace(self, one: Submit, new: list[list[Any]]) -> None:
+        """Have the jobs of a submit that are new, and inserted, take the place of others."""
+        self.limiter.replace(new, self._limits_of(one, new), one.who)
 
     def follow(self, submits: Sequence[Submit], cancelled: Iterable[int] = ()) -> None:
         """Insert what ends bring about. Some of it is cancelled at once: see `_close_below`."""
@@ -367,7 +381,7 @@ class Batch:
         """Cancel what has not ended below cancelled jobs; what is too much is left for later."""
         self.left += self.family.cancel_below(pages, "", "cancelled with the job above it")[1]
 
-    def _store(self, fresh: list[list[Any]], edges: list[tuple[int, int]]) -> None:
+    def store(self, fresh: list[list[Any]], edges: list[tuple[int, int]]) -> None:
         plain = [row for row in fresh if len(row) == st.PLAIN]
         if plain:
             self.tx.run_rows(st.INSERT_JOBS, plain)
@@ -385,7 +399,7 @@ class Batch:
         by_id = dict(zip((row[0] for row in one.rows), one.limits or (), strict=False))
         return [by_id.get(row[0]) for row in new]
 
-    def _known_keys(self, submits: Sequence[Submit]) -> dict[str, tuple[int, str]]:
+    def known_keys(self, submits: Sequence[Submit]) -> dict[str, tuple[int, str]]:
         """Keys that jobs have already, each with the job's id and params."""
         known: dict[str, tuple[int, str]] = {}
         for column, sql in (("idem_key", st.BY_IDEM_KEY), ("child_key", st.BY_CHILD_KEY)):
@@ -405,7 +419,7 @@ class Batch:
             known.update(self.limiter.holders(uniques))
         return known
 
-    def _accept(
+    def accept(
         self, one: Submit, known: dict[str, tuple[int, str]]
     ) -> tuple[list[Accepted], list[list[Any]], list[tuple[int, int]]]:
         """What of one submit is new. Raises before anything is noted."""
@@ -793,12 +807,17 @@ class Batch:
         waiting = self.tx.fetch_rows(st.DEPENDENTS_OF, ids)
         if not waiting:
             return
-        counts = sorted(Counter(row[0] for row in waiting).items())
-        self.tx.run_rows(st.LOWER_WAITS, counts)
         self.tx.run_rows(st.DELETE_EDGES, ids)
+        self.lower_waits(Counter(row[0] for row in waiting), done)
+
+    def lower_waits(self, fewer: Mapping[int, int], done: Iterable[int] = ()) -> None:
+        """Have dependents wait for so many jobs less; those that wait for none go on."""
+        counts = sorted(fewer.items())
+        self.tx.run_rows(st.LOWER_WAITS, counts)
         free = []
         turns = []
         joins = {}
+        followups = []
         for id, lane_id, run_at, attempt, waits, state, options in sorted(
             self.tx.fetch_rows(st.WAITS_OF, [(id,) for id, _ in counts])
         ):
@@ -806,6 +825,8 @@ class Batch:
                 joins[id] = branches
             if waits or state != BLOCKED:
                 continue
+            if kept := kept_batch(options):
+                followups.append((id, kept))
             delay_us = option(options, DELAY)
             if delay_us is not None:
                 run_at = self.now + delay_us
@@ -827,6 +848,8 @@ class Batch:
             self.tx.run_rows(st.FREE_JOBS, free)
         if turns:
             self.tx.run_rows(st.PUT_IN_LINE, turns)
+        if followups:
+            self.members.release(followups)
 
     def _hand_on(self, joins: dict[int, dict[str, int]], done: set[int]) -> None:
         """Give joins, which are locked, the results of those of their branches that are done."""
@@ -839,12 +862,27 @@ class Batch:
             found.append((id, self._home.vault.merged(text, parts)))
         self.tx.run_rows(st.SET_DATA, found)
 
+    def reopen(self, ids: Sequence[int], followups: Mapping[int, dict[str, Any]]) -> None:
+        """Jobs are queued again: who waits for their ends waits for one more. Follow-ups among them
+        go on when none of their members is left.
+        """
+        self.members.await_again(self.tx.fetch_rows(st.DEPENDENTS_OF, sorted((id,) for id in ids)))
+        if followups:
+            self.lower_waits(dict.fromkeys(followups, 0))
+            self.members.release(list(followups.items()))
+
     def hold_dependents(self, changed: list[tuple[int, str]]) -> None:
-        """Say on those who wait for these jobs what they wait for, now that it has changed."""
+        """Say on those who wait for these jobs what they wait for, now that it has changed.
+
+        A follow-up to which it is all the same how its members end goes on when the last has.
+        """
         if not changed:
             return
         states = dict(changed)
         waiting = self.tx.fetch_rows(st.DEPENDENTS_OF, sorted((id,) for id in states))
+        if waiting:
+            batches = self.members.hold(waiting, states, self.lower_waits)
+            waiting = [row for row in waiting if row[0] not in batches]
         reasons = {
             id: after_reason(needs, states[needs])
             if states[needs] in FINAL
@@ -893,10 +931,6 @@ def limit_keys(bounded: dict[str, Bounds]) -> list[str]:
 
 def waits_reason(ids: Sequence[int]) -> str:
     return "waits for " + ", ".join(map(str, ids[:8])) + (" ..." if len(ids) > 8 else "")
-
-
-def after_reason(id: int, state: str) -> str:
-    return f"job {id} is {state}; `retry {id}` lets it go on"
 
 
 def new_tokens(k: int) -> list[int]:

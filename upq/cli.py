@@ -13,8 +13,8 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from upq import wire
-from upq.client import Client, find_socket
-from upq.errors import NotFound, RequestError, TimedOut
+from upq.client import Client, Submit, find_socket
+from upq.errors import BadParams, NotFound, RequestError, TimedOut
 from upq.wire import Reply
 
 #: Exit status.
@@ -31,6 +31,7 @@ Sends one line to upq and prints the reply.
   upq-cli --wait hash fid:50            follow the job to its end
   upq-cli jobs state:failed             ask; `upq-cli help` lists the verbs
   upq-cli - < lines                     many lines, one reply each
+  upq-cli --then report - < lines       a job that follows when all of them are done
 """
 _NOTES = """\
 The daemon is found by the first of these that there is: -s, -c, $UPQ_CONFIG (a
@@ -56,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     line = words[0] if len(words) == 1 else wire.join(words or [""])
     if not line.strip() or "\n" in line:
         parser.error("one line is needed; - reads many")
+    if args.then is not None and line != "-":
+        parser.error("--then needs the lines of a batch: -")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -85,6 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--wait", action="store_true", help="follow the job and all below it to the end")
     add("--follow", action="store_true", help="with `output`: go on until the job has ended")
     add("--timeout", metavar="TIME", type=_duration, help="with --wait: no longer than 30s, 10m")
+    add("--then", metavar="LINE", help="with `-`: the lines are a batch, and this job follows it")
+    add("--when", choices=("done", "ended"), default="done", help="... when all are done, or ended")
     add("--json", action="store_true", help="print one JSON document; for many lines, one each")
     add("-q", "--quiet", action="store_true", help="print ids only")
     add("-v", "--verbose", action="store_true", help="tell what is sent where")
@@ -119,6 +124,8 @@ class _Call:
         try:
             with Client(address, REPLY_TIMEOUT_S) as client:
                 self._tell(f"Connected to '{address}'.")
+                if self.args.then is not None:
+                    return self._batch(client)
                 return self._many(client) if line == "-" else self._one(client, line)
         except RequestError as error:
             return self._fail(error.code, f"{error}", REFUSED)
@@ -164,8 +171,28 @@ class _Call:
             queued += self._queued(reply)
         return max(status, self._follow(client, queued))
 
+    def _batch(self, client: Client) -> int:
+        """The lines of standard input as members of one batch, cancelled if one is refused."""
+        batch = client.batch(self.args.then, self.args.when)
+        try:
+            with batch:
+                for chunk in _chunks():
+                    for line in chunk.decode(errors="surrogateescape").split("\n")[:-1]:
+                        batch.put(_member(line.removesuffix("\r")))
+        except RequestError as error:
+            after = f" (after {batch.members} members; batch {batch.id} is cancelled)"
+            return self._fail(error.code, f"{error}{after if batch.id else ''}", REFUSED)
+        if self.args.json:
+            _print_json({"ok": True, "id": batch.id, "members": batch.members})
+        else:
+            text = f"ACK {batch.id} follows {batch.members} jobs"
+            print(batch.id if self.args.quiet else text, flush=True)
+        return self._follow(client, [batch.id] if self.args.wait else [])
+
     def _queued(self, reply: Reply) -> list[int]:
-        """The jobs to be followed; an id of 0 was answered at once."""
+        """The jobs to be followed; an id of 0 was answered at once. One follows a whole batch."""
+        if reply.batch is not None and not reply.batch.open:
+            return [reply.batch.id] if self.args.wait else []
         return [ack.id for ack in reply.acks if ack.id and self.args.wait]
 
     @property
@@ -281,6 +308,19 @@ def _chunks() -> Iterator[bytes]:
         yield rest + b"\n"
 
 
+def _member(line: str) -> Submit:
+    """A line as one of a submit_many. Raises BadParams."""
+    if not line.startswith("{"):
+        return line
+    import json  # noqa: PLC0415, `wire` reads what the daemon says
+
+    try:
+        member: Submit = json.loads(line)
+    except ValueError as error:
+        raise BadParams(f"not JSON: {error}") from None
+    return member
+
+
 def _status(reply: Reply) -> int:
     """The exit status that a reply means. A job with no more than the whole is that of `wait`."""
     data = reply.data
@@ -293,6 +333,9 @@ def _document(reply: Reply) -> Any:
     if reply.code:
         return {"ok": False, "error": reply.code, "message": reply.message}
     acks = [ack._asdict() for ack in reply.acks]
+    if reply.batch is not None:
+        fields = reply.batch._asdict()
+        return {"ok": True, "batch": fields.pop("id"), **fields, "jobs": acks}
     if len(acks) == 1:
         return {"ok": True, **acks[0]}
     return {"ok": True, "jobs": acks} if acks else reply.data
@@ -305,7 +348,8 @@ def _print_json(document: Any) -> None:
 def _print_ids(reply: Reply) -> None:
     if reply.code:
         print(reply.line, file=sys.stderr)
-    for id in [ack.id for ack in reply.acks] or _ids(reply.data):
+    acked = [reply.batch.id] if reply.batch else [ack.id for ack in reply.acks]
+    for id in acked or _ids(reply.data):
         print(id, flush=True)
 
 

@@ -15,13 +15,17 @@ from typing import TYPE_CHECKING, Any, Self
 
 from upq import wire
 from upq.errors import RequestError, TooLong
-from upq.wire import Ack, Reply
+from upq.wire import Ack, Batch, Reply
 
 if TYPE_CHECKING:
     import asyncio
 
 #: Where the daemon listens when no configuration can be read.
 DEFAULT_SOCKET = "/run/upq/upq.sock"
+#: What one of many is: made by `job`, or a line of text.
+Submit = Mapping[str, Any] | str
+#: Members of a batch that are sent together, and the bytes at which they are.
+FILLED_AT_ONCE, FILLED_BYTES = 1000, wire.JSON_LIMIT_BYTES // 2
 _CLOSED = "the connection was closed after an error; connect() opens it again"
 
 
@@ -38,6 +42,87 @@ def job(type: str, params: Mapping[str, Any] | None = None, **options: Any) -> d
         "params": dict(params or {}),
         "options": {name: value for name, value in given.items() if value is not None},
     }
+
+
+class Acks(list[Ack]):
+    """The answers to a submit_many."""
+
+    #: The batch that the jobs are members of; None when they are for none.
+    batch: Batch | None = None
+
+    @classmethod
+    def of(cls, reply: Reply) -> Acks:
+        made = cls(reply.acks)
+        made.batch = reply.batch
+        return made
+
+
+class Filling:
+    """A batch that is being filled: what `Client.batch` returns.
+
+    Members are sent by the thousand, and the rest when the `with` block ends; then it is closed. An
+    exception in the block cancels it. After an OSError `connect()` and `send()` go on where it was;
+    a program that has died leaves the batch open: where its follow-up has a key of the program's
+    own, the same members in the same order fill it from the start, and none is queued twice.
+    """
+
+    def __init__(self, client: Client, then: Submit, when: str) -> None:
+        #: The id of the follow-up; 0 before the first members are sent.
+        self.id = 0
+        #: How many jobs the batch has.
+        self.members = 0
+        self._client = client
+        self._opening = {"then": _with_key(then), "when": when, "open": True}
+        self._held: list[Submit] = []
+        self._size = self._sent = 0
+
+    def add(self, type: str, params: Mapping[str, Any] | None = None, **options: Any) -> None:
+        """One more member, as `submit` takes it."""
+        self.put(job(type, params, **options))
+
+    def put(self, member: Submit) -> None:
+        """One more, made by `job` or as a line."""
+        size = len(wire.encode(member))
+        if len(self._held) == FILLED_AT_ONCE or self._size + size > FILLED_BYTES:
+            self.send()
+        self._held.append(member)
+        self._size += size
+
+    def send(self, *, close: bool = False) -> Acks:
+        """Queue the members that are held back; returns when they are on disk."""
+        request: dict[str, Any] = {"submit_many": self._held}
+        if not self.id:
+            request |= {**self._opening, "open": not close}
+        else:
+            request |= {"batch": self.id, "key": f"part {self._sent}", "close": close}
+        acks = self._client.many(request)
+        self._held, self._size = [], 0
+        self._sent += 1
+        if acks.batch:
+            self.id, self.members = acks.batch.id, acks.batch.members
+        return acks
+
+    def close(self) -> Acks:
+        """Queue the rest: nothing more comes. The follow-up starts when the members have ended."""
+        return self.send(close=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        try:
+            if error is None:
+                self.close()
+                return
+        except RequestError:
+            self._cancel()
+            raise
+        self._cancel()
+
+    def _cancel(self) -> None:
+        if self.id:
+            with suppress(OSError, RequestError):
+                self._client.cancel(self.id)
 
 
 def _plain(value: Any) -> Any:
@@ -76,9 +161,23 @@ class Client:
         """Queue a job; it is safe on disk when this returns. `job` tells of the options."""
         return self._ask(job(type, params, **options)).acks[0]
 
-    def submit_many(self, jobs: Iterable[Mapping[str, Any]]) -> list[Ack]:
-        """Queue what `job` made: all of it or nothing."""
-        return list(self._ask({"submit_many": list(jobs)}).acks)
+    def submit_many(
+        self, jobs: Iterable[Submit], then: Submit | None = None, when: str = "done"
+    ) -> Acks:
+        """Queue what `job` made: all of it or nothing.
+
+        then: a job that follows when all of them are done, or with `when="ended"` when all have
+        ended, however. Its id is `.batch.id` of what is returned.
+        """
+        return self.many({"submit_many": list(jobs), **_followed(then, when)})
+
+    def batch(self, then: Submit, when: str = "done") -> Filling:
+        """A batch to be filled: `with client.batch(job("report")) as batch: batch.add("hash")`."""
+        return Filling(self, then, when)
+
+    def many(self, request: Mapping[str, Any]) -> Acks:
+        """What a submit_many of the protocol answers."""
+        return Acks.of(self._ask(request))
 
     def verb(self, name: str, **arguments: Any) -> Any:
         """What a control verb answers; arguments that are None are left out."""
@@ -204,8 +303,13 @@ class AsyncClient:
     ) -> Ack:
         return (await self._ask(job(type, params, **options))).acks[0]
 
-    async def submit_many(self, jobs: Iterable[Mapping[str, Any]]) -> list[Ack]:
-        return list((await self._ask({"submit_many": list(jobs)})).acks)
+    async def submit_many(
+        self, jobs: Iterable[Submit], then: Submit | None = None, when: str = "done"
+    ) -> Acks:
+        return await self.many({"submit_many": list(jobs), **_followed(then, when)})
+
+    async def many(self, request: Mapping[str, Any]) -> Acks:
+        return Acks.of(await self._ask(request))
 
     async def verb(self, name: str, **arguments: Any) -> Any:
         return (await self._ask(_verb(name, arguments))).data
@@ -269,6 +373,19 @@ def _encoded(request: Mapping[str, Any]) -> bytes:
     if len(line) > wire.JSON_LIMIT_BYTES:
         raise TooLong(f"a request may have {wire.JSON_LIMIT_BYTES} bytes; this has {len(line)}")
     return line
+
+
+def _with_key(then: Submit) -> Submit:
+    """The submit with a key, so that it is safe to repeat."""
+    from uuid import uuid4  # noqa: PLC0415, few need it
+
+    if isinstance(then, str):
+        return then if "@key:" in then else f"{then} @key:{uuid4()}"
+    return {**then, "options": {"key": str(uuid4()), **then.get("options", {})}}
+
+
+def _followed(then: Submit | None, when: str) -> dict[str, Any]:
+    return {} if then is None else {"then": then, "when": when}
 
 
 def _sum(timeout_s: float | None, extra_s: float | None) -> float | None:

@@ -29,6 +29,7 @@ from upq.errors import (
     UnknownCommand,
 )
 from upq.job import (
+    BATCH,
     BLOCKED,
     DONE,
     FAILED,
@@ -38,6 +39,7 @@ from upq.job import (
     RUNNING,
     STATES,
     Accepted,
+    Gather,
     NewJob,
 )
 from upq.jobtypes import JobType, JobTypes
@@ -60,7 +62,7 @@ from upq.secret import mask, scrub
 from upq.statements import CHUNK
 from upq.views import AHEAD_LIMIT, Filter, Found, Pace, Views
 from upq.whole import count_steps
-from upq.wire import Ack
+from upq.wire import Ack, Batch
 from upq.workflow import DELAY
 
 log = logging.getLogger(__name__)
@@ -73,6 +75,8 @@ LANES_LIMIT = 20_000
 MANY_LIMIT = 10_000
 #: Ids that the answer to a `cancel` or `retry` of many has.
 MANY_SHOWN = 100
+#: Of the jobs that one waits for, those that `why` names.
+AWAITED_SHOWN = 8
 #: Seconds that the length of the queues is remembered for `max_queue`.
 LENGTH_AGE_S = 0.2
 
@@ -173,27 +177,59 @@ class Dispatcher:
             answers[place] = Ack(id, "duplicate" if duplicate else message, duplicate)
         return answers
 
-    def submit_many(self, requests: Sequence[Request], peer: Peer) -> list[Ack]:
+    def submit_many(self, asked: Request, peer: Peer) -> tuple[list[Ack], Batch | None]:
         """Queue jobs in one transaction: all of them, or none and the first error."""
-        if len(requests) > MANY_LIMIT:
-            raise BadParams(f"submit_many: {len(requests)} jobs, at most {MANY_LIMIT}")
-        new: list[NewJob] = []
-        messages: list[str] = []
-        for at, request in enumerate(requests):
-            try:
-                prepared = self._prepare(request, peer)
-            except RequestError as error:
-                raise type(error)(f"job {at + 1} of {len(requests)}: {error}") from error
-            if isinstance(prepared, Ack):
-                raise BadParams(f"job {at + 1}: {request.verb} is answered, it queues nothing")
-            new.append(prepared[0])
-            messages.append(prepared[1])
-        if not new:
-            return []
-        stored = self._store([new])[0]
-        if isinstance(stored, RequestError):
-            raise stored
-        return [Ack(a.id, m, a.duplicate) for a, m in zip(stored, messages, strict=True)]
+        many, n = asked.many, len(asked.many)
+        if n > MANY_LIMIT:
+            raise BadParams(f"submit_many: {n} jobs, at most {MANY_LIMIT}")
+        if asked.batch is not None and asked.batch.then is None:
+            self._managed(asked.batch.id, peer, "add to")
+        prepared = [
+            self._prepare_part(request, peer, f"job {at} of {n}")
+            for at, request in enumerate(many, 1)
+        ]
+        new = [one for one, _ in prepared]
+        batch = None
+        if asked.batch is None:
+            stored = self._store([new])[0]
+            if isinstance(stored, RequestError):
+                raise stored
+        else:
+            gathered = self._queue.fill(new, self._gather(asked.batch, new, peer))
+            stored = gathered.jobs
+            batch = Batch(gathered.id, gathered.duplicate, gathered.open, gathered.members)
+        return [
+            Ack(job.id, said, job.duplicate)
+            for job, (_, said) in zip(stored, prepared, strict=True)
+        ], batch
+
+    def _gather(self, asked: protocol.Batch, members: list[NewJob], peer: Peer) -> Gather:
+        """What a batch is asked to be. Members get keys where the request as a whole has one."""
+        if self.stopping:
+            raise Stopping("the daemon is stopping; ask again when it is back")
+        then, key = None, asked.key and f"{asked.id} {asked.key}"
+        if asked.then is not None:
+            then, _ = self._prepare_part(asked.then, peer, "then")
+            if then.after:
+                raise BadParams("then: it comes after its members, and @after has no place there")
+            if BATCH in then.params:
+                raise BadParams(f"then: {BATCH} is what upq tells it of its members, no parameter")
+            key = then.key and f"{then.type} {then.key}"
+        if key:
+            for n, one in enumerate(members):
+                # No submit can have such a key: control characters are refused.
+                one.key = one.key or f"\0{key} {n}"
+        return Gather(then, asked.id, asked.when, asked.open)
+
+    def _prepare_part(self, request: Request, peer: Peer, which: str) -> tuple[NewJob, str]:
+        """One job of several. Raises RequestError that says which."""
+        try:
+            prepared = self._prepare(request, peer)
+        except RequestError as error:
+            raise type(error)(f"{which}: {error}") from error
+        if isinstance(prepared, Ack):
+            raise BadParams(f"{which}: {request.verb} is answered, it queues nothing")
+        return prepared
 
     def submit_child(self, new: NewJob) -> Accepted:
         """Queue what a running job asks for: checked as any submit, without limits and roles."""
@@ -510,6 +546,7 @@ class Dispatcher:
             "children": self._views.children(id),
             "attempts": attempts,
             **self._overview.show(id),
+            **({"batch": batch} if (batch := self._views.batch(id)) else {}),
         }
 
     def _steps(self, type: str) -> int:
@@ -685,7 +722,7 @@ class Dispatcher:
             yield "the daemon is stopping"
         if self._claimer.drained:
             yield "the daemon is drained; `resume` lets it start jobs again"
-        awaited = [f"{other} ({is_})" for other, is_ in self._views.awaited(job["id"])]
+        awaited, n = self._views.awaited(job["id"], AWAITED_SHOWN)
         # What is shown is that of its lane, where that holds it.
         own = self._views.own_reason(job["id"])
         if job["run_at"] is not None and when.instant(job["run_at"]) > when.now():
@@ -699,8 +736,8 @@ class Dispatcher:
         else:
             yield own
         if awaited:
-            some = ", ".join(awaited[:8]) + (" ..." if len(awaited) > 8 else "")
-            yield f"it needs {some}"
+            some = ", ".join(f"{other} ({is_})" for other, is_ in awaited)
+            yield f"it needs {some}{f' and {n - len(awaited)} more' if n > len(awaited) else ''}"
         yield self._claimer.reason(self._queue.lane(job["queue"], job["type"]))
         if job["expires_at"] is not None:
             yield f"it expires at {job['expires_at']}"

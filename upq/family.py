@@ -9,13 +9,14 @@ sees what the earlier one has done, and nothing slips through between them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from upq import statements as st
 from upq.errors import KeyTaken, NotFound, WrongState
 from upq.job import BLOCKED, CANCELLED, DONE, FINAL, QUEUED, RUNNING
 from upq.limits import KEPT, Limiter, kept_text, turn_reason
+from upq.members import kept_batch
 from upq.record import encode
 from upq.sql import Tx
 from upq.workflow import JOINS, option
@@ -35,6 +36,7 @@ class Changes(Protocol):
     @property
     def limiter(self) -> Limiter: ...
     def hold_dependents(self, changed: list[tuple[int, str]]) -> None: ...
+    def reopen(self, ids: Sequence[int], followups: Mapping[int, dict[str, Any]]) -> None: ...
     def moved(
         self, id: int, lane_id: int, was: str | None, state: str, *, reason: str = "",
         message: str = "", attempt: int = 0, who: str = "",
@@ -115,6 +117,7 @@ class Family:
         refusal = "{state}: only what has ended badly can be retried" if alone else ""
         found = self._these(ids, lambda s: s in FINAL and s != DONE, refusal)
         batch, changed = self._batch, []
+        followups = {row[0]: kept for row in found if (kept := kept_batch(row[6]))}
         # What is given its key here has ended still, for those who look.
         taken: set[str] = set()
         for id, state, lane_id, _, waits, _, options in found:
@@ -122,8 +125,11 @@ class Family:
             unique = limits.get("unique", "")
             if unique in taken:
                 continue
-            # A join comes to its line when it could start.
-            in_line = "line" in limits and not (waits and option(options, JOINS))
+            # A follow-up may get members back here.
+            waits = waits or int(id in followups and len(found) > 1)
+            # A join comes to its line when it could start, and so does a follow-up.
+            is_late = waits and (id in followups or option(options, JOINS))
+            in_line = "line" in limits and not is_late
             keys = limits if in_line else {**limits, "line": None}
             if limits and (holder := batch.limiter.again(id, keys)) is not None:
                 if alone:
@@ -148,6 +154,10 @@ class Family:
         if changed:
             self._tx.run_rows(st.REOPEN, changed)
             self._tx.run_rows(st.AGAIN_BELOW, [(row[0],) for row in changed])
+            batch.reopen(
+                [row[0] for row in changed],
+                {row[0]: followups[row[0]] for row in changed if row[0] in followups},
+            )
             batch.hold_dependents([(row[0], row[1]) for row in changed])
         return [row[0] for row in changed]
 

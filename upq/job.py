@@ -129,12 +129,44 @@ class NewJob:
     joins: tuple[NewJob, ...] = ()
 
 
+class Gather(NamedTuple):
+    """What becomes of a batch whose members are queued: all or none, with what it says here."""
+
+    #: The job that follows a new batch; None where the batch is there already.
+    then: NewJob | None
+    #: The batch that is there: the id of its follow-up.
+    id: int = 0
+    #: DONE: it follows when all members are done; ENDED: when all have ended, however.
+    when: str = DONE
+    #: Whether more members may be added afterwards.
+    open: bool = False
+
+
+#: The other value of `when`.
+ENDED = "ended"
+#: The name in a follow-up's data under which it finds how its members have ended, and in its
+#: options under which its batch is kept.
+BATCH = "batch"
+
+
 class Accepted(NamedTuple):
     """The answer to a submit that is on disk."""
 
     id: int
     #: True when an earlier submit with the same key or child key had queued it.
     duplicate: bool = False
+
+
+class Gathered(NamedTuple):
+    """A batch after members were queued for it, with their answers."""
+
+    id: int
+    jobs: list[Accepted]
+    #: An earlier request with the same key had made it.
+    duplicate: bool
+    open: bool
+    #: How many jobs it has.
+    members: int
 
 
 @dataclass(slots=True)

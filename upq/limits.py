@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Protocol
 
 from upq import statements as st
@@ -144,6 +144,15 @@ class Limiter:
                 f"job {holder} is what this child repeats (unique), and it waits for job"
                 f" {waits[holder][0]}, which waits for the child"
             )
+
+    def check_members(self, batch: int, needed: Collection[int], lines: Collection[str]) -> None:
+        """Refuse members of a batch that wait for its follow-up: through the jobs that they are or
+        that they come after, or in the lines in which they stand.
+        """
+        waits = self._wait_for({batch: ("", None)})
+        for id, (_, _, key) in [(batch, (batch, "", None)), *waits.items()]:
+            if id in needed or key in lines:
+                raise WrongState(f"job {id} would wait for batch {batch}, and that for it")
 
     def _above(self, parent: int | None) -> dict[int, tuple[str, str | None]]:
         """State and serial key of a child's parent and of those above that are not finished."""

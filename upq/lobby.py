@@ -232,9 +232,9 @@ class Connection:
     def _answer(self, request: Request) -> None:
         try:
             if request.kind == protocol.SUBMIT_MANY:
-                acks = self._desk.submit_many(request.many, self._peer)
+                acks, batch = self._desk.submit_many(request, self._peer)
                 self._desk.count(len(acks), 0)
-                self._out += wire.acks(acks)
+                self._out += wire.acks(acks, batch)
             else:
                 data = self._desk.answer(request, self._peer, self._is_there)
                 self._out += wire.ok(data, json=request.json)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from upq import when, wire
 from upq.errors import BadParams, BadText, TooLong, UnknownCommand
-from upq.job import PRIORITIES, STATES
+from upq.job import DONE, ENDED, PRIORITIES, STATES
 
 #: Levels of objects and lists in JSON.
 JSON_DEPTH = 32
@@ -53,6 +53,21 @@ class Options(NamedTuple):
 NO_OPTIONS = Options()
 
 
+class Batch(NamedTuple):
+    """What a SUBMIT_MANY says of the batch that its jobs are members of."""
+
+    #: The submit of the job that follows a new batch.
+    then: Request | None = None
+    #: The batch that is there: the id of its follow-up.
+    id: int = 0
+    #: Whether it follows when all are DONE, or when all have ENDED, however.
+    when: str = DONE
+    #: Makes it safe to ask again, where the members have no keys of their own.
+    key: str = ""
+    #: Whether more members will come.
+    open: bool = False
+
+
 class Request(NamedTuple):
     """One line, understood."""
 
@@ -65,6 +80,8 @@ class Request(NamedTuple):
     options: Options = NO_OPTIONS
     #: The submits of a SUBMIT_MANY.
     many: tuple[Request, ...] = ()
+    #: The batch of a SUBMIT_MANY, if it is for one.
+    batch: Batch | None = None
     #: It came as JSON and is answered in JSON.
     json: bool = False
     #: The whole line.
@@ -151,7 +168,7 @@ def parse(line: bytes) -> Request | None:
             for word in words:
                 key, _, value = word.partition(":")
                 params[key] = value
-            return Request(SUBMIT, verb, params, NO_OPTIONS, (), False, text)
+            return Request(SUBMIT, verb, params, NO_OPTIONS, (), None, False, text)
     verb, rest = _cut(text)
     if not verb:
         return None
@@ -230,13 +247,50 @@ def _parse_json(text: str) -> Request:
         if not isinstance(verb, str) or verb not in VERBS:
             raise UnknownCommand(f"no verb {json.dumps(verb)[:40]}")
         return Request(VERB, verb, _convert_arguments(verb, fields), json=True, line=text)
-    if "submit_many" in fields:
-        submits = fields["submit_many"]
-        if len(fields) > 1 or not isinstance(submits, list) or not submits:
-            raise BadParams("submit_many takes a list of submits and nothing beside it")
-        many = tuple(map(_json_submit, submits))
-        return Request(SUBMIT_MANY, SUBMIT_MANY, {}, NO_OPTIONS, many, True, text)
+    if not fields.keys().isdisjoint(("submit_many", "then", "batch")):
+        return _json_many(fields, text)
     return _json_submit(fields, text)
+
+
+def _json_many(fields: dict[str, Any], text: str) -> Request:
+    submits = fields.pop("submit_many", [])
+    if not isinstance(submits, list):
+        raise BadParams("submit_many takes a list of submits")
+    batch = None
+    if "then" in fields:
+        known = {"then": _submit_of, "when": _when, "open": _yes}
+        batch = Batch(**_fields("a new batch", known, fields))
+    elif "batch" in fields:
+        known = {"batch": _number, "key": _text, "close": _yes}
+        given = _fields("an addition to a batch", known, fields)
+        batch = Batch(None, given["batch"], key=given.get("key", ""),
+                      open=not given.get("close", False))  # fmt: skip
+    else:
+        _fields("submit_many without a batch", {}, fields)
+    if not submits and (batch is None or (batch.open and batch.then is None)):
+        raise BadParams("submit_many takes a list of submits; it is empty")
+    many = tuple(map(_submit_of, submits))
+    return Request(SUBMIT_MANY, SUBMIT_MANY, {}, NO_OPTIONS, many, batch, True, text)
+
+
+def _fields(
+    what: str, known: Mapping[str, Callable[[Any], Any]], given: dict[str, Any]
+) -> dict[str, Any]:
+    for name in given:
+        if name not in known:
+            beside = ", ".join(["submit_many", *known])
+            raise BadParams(f"{what} takes {beside}; not {json.dumps(name)[:40]}")
+    return {name: _convert(name, known[name], value) for name, value in given.items()}
+
+
+def _submit_of(value: Any) -> Request:
+    """A submit in a list: an object, or the line that it would be."""
+    if not isinstance(value, str):
+        return _json_submit(value)
+    request = None if value.startswith("{") else parse(value.encode())
+    if request is None or request.kind != SUBMIT:
+        raise BadParams(f"a line that submits a job belongs here, not {value[:40]}")
+    return request
 
 
 def _json_submit(fields: Any, text: str = "") -> Request:
@@ -246,7 +300,7 @@ def _json_submit(fields: Any, text: str = "") -> Request:
     params, options = fields.get("params", {}), fields.get("options", {})
     if not isinstance(params, dict) or not isinstance(options, dict):
         raise BadParams("params and options are JSON objects")
-    return Request(SUBMIT, verb, params, _read_options(options), (), True, text)
+    return Request(SUBMIT, verb, params, _read_options(options), (), None, True, text)
 
 
 def _load_all(text: str) -> Any:
@@ -366,6 +420,12 @@ def _yes(value: Any) -> bool:
     if type(value) is not bool and value not in ("yes", "no"):
         raise ValueError("yes or no is needed")
     return value is True or value == "yes"
+
+
+def _when(value: Any) -> str:
+    if value not in (DONE, ENDED):
+        raise ValueError(f"{DONE} or {ENDED} is needed")
+    return str(value)
 
 
 def _anything(value: Any) -> Any:

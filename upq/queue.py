@@ -23,6 +23,7 @@ from upq.draws import Draw, Plan, Spent
 from upq.errors import IsCancelled, NotFound, RequestError, Unavailable, WrongState
 from upq.events import Bus
 from upq.family import Page
+from upq.filling import Filling, fill
 from upq.health import Rules, Wish
 from upq.job import (
     CANCELLED,
@@ -33,6 +34,8 @@ from upq.job import (
     RUNNING,
     STATES,
     Accepted,
+    Gather,
+    Gathered,
     Job,
     Limits,
     NewJob,
@@ -361,19 +364,51 @@ class Queue:
         changes = [self._change(jobs) for jobs in batches]
         return self.writer.run(changes)
 
+    def fill(self, members: Sequence[NewJob], how: Gather) -> Gathered:
+        """Queue members of a batch, all or none, with its follow-up if it is new; on disk then.
+
+        Raises what a submit does; NotFound and WrongState where nothing can be added.
+        """
+        is_new = how.then is not None
+        jobs = [*members, *([how.then] if how.then else [])]
+        first = self._first_id(jobs)
+        # It is older than its members, and goes before them when it can go.
+        id = first if is_new else how.id
+        now = when.now()
+        rows = []
+        for i, one in enumerate(members, first + is_new):
+            one.parent = one.root = id
+            row = self.row(one, i, now)
+            row[st.AT["ord"]] = i  # the batch may be old: they go before nobody
+            rows.append(row)
+        if how.then is not None:
+            rows.append(self.row(how.then, id, now))
+        submit = self._submit_of(jobs, rows)
+        filling = Filling(submit, id, is_new, how.when, how.open, self.vault)
+        act = Act(lambda batch: fill(batch, filling), submit.size_bytes)
+        filled: Gathered = value_of(self.writer.run([act])[0])
+        return filled
+
     def _change(self, jobs: Sequence[NewJob]) -> Submit:
         now = when.now()
+        first = self._first_id(jobs)
+        if any(one.joins for one in jobs):
+            tie(jobs, first)
+        return self._submit_of(jobs, [self.row(one, first + i, now) for i, one in enumerate(jobs)])
+
+    def _submit_of(self, jobs: Sequence[NewJob], made: list[list[Any]]) -> Submit:
+        limits = [one.limits for one in jobs] if any(one.limits for one in jobs) else None
+        return Submit(made, [one.after for one in jobs], jobs[0].submitter if jobs else "", limits)
+
+    def _first_id(self, jobs: Sequence[NewJob]) -> int:
+        """The first of the ids in a row that these jobs get."""
         first = self.reserve_ids(len(jobs))
         if self.shared and any(max(one.after, default=0) >= first for one in jobs):
             # Another daemon's ids are ahead. A job has a larger one than all it waits for, or the
             # jobs of a line could wait for each other.
             self._skip_ids()
             first = self.reserve_ids(len(jobs))
-        if any(one.joins for one in jobs):
-            tie(jobs, first)
-        made = [self.row(one, first + i, now) for i, one in enumerate(jobs)]
-        limits = [one.limits for one in jobs] if any(one.limits for one in jobs) else None
-        return Submit(made, [one.after for one in jobs], jobs[0].submitter if jobs else "", limits)
+        return first
 
     def row(self, new: NewJob, id: int, now: int) -> list[Any]:
         """A job as it is inserted."""

@@ -389,7 +389,9 @@ def again_below(dialect: str) -> ClauseElement:
     # The state is no condition, or SQLite would look for the rows by it.
     ended_badly = job.c.state.in_(FINAL - {DONE})
     reason = sa.case((ended_badly, AGAIN), else_=job.c.reason)
-    return sa.update(job).values({job.c.reason: reason}).where(job.c.parent == r.c.id)
+    # Members of a batch and steps of a chain have no key; nor is that a column to look for.
+    asked_for = sa.func.coalesce(job.c.child_key, "") != ""
+    return sa.update(job).values({job.c.reason: reason}).where(job.c.parent == r.c.id, asked_for)
 
 
 AGAIN_BELOW = Sql(again_below)
@@ -826,6 +828,50 @@ STUCK_LINES = Sql(
     )
     .limit(CHUNK)
 )
+
+
+# Batches
+
+
+def among_members(dialect: str) -> ClauseElement:
+    """Which of these jobs are in a batch already: as its own, or as what it waits for."""
+    r = over_ids(dialect)
+    awaited = sa.exists().where(edge.c.job == big("batch"), edge.c.needs == r.c.id)
+    own = sa.or_(job.c.parent == big("batch"), awaited)
+    return sa.select(job.c.id).where(job.c.id == r.c.id, own)
+
+
+def options_of(dialect: str) -> ClauseElement:
+    r = over_ids(dialect)
+    return sa.select(job.c.id, job.c.options).where(job.c.id == r.c.id)
+
+
+def untold(dialect: str) -> ClauseElement:
+    """Of these jobs, those that can start and whose data are their params still."""
+    r = over_ids(dialect)
+    return sa.select(job.c.id, job.c.params).where(
+        job.c.id == r.c.id, job.c.data.is_(None), job.c.waits == 0
+    )
+
+
+bad_members = sa.and_(
+    edge.c.job == big("batch"), job.c.id == edge.c.needs, job.c.state.in_(FINAL - {DONE})
+)
+LOCK_BATCH = Sql(
+    sa.select(job.c.state, job.c.options).where(job.c.id == big("batch")).with_for_update()
+)
+AMONG_MEMBERS = Sql(among_members)
+BAD_COUNTS = Sql(sa.select(job.c.state, sa.func.count()).where(bad_members).group_by(job.c.state))
+BAD_MEMBERS = Sql(
+    sa.select(job.c.id, job.c.state).where(bad_members).order_by(edge.c.needs).limit(big("n"))
+)
+FILL = Sql(
+    sa.update(job)
+    .values(waits=job.c.waits + big("more"), options=word("text"), reason=word("why"))
+    .where(job.c.id == big("batch"))
+)
+OPTIONS_OF = Sql(options_of)
+UNTOLD = Sql(untold)
 
 
 #: Jobs of a final state in the order of their ends, from one on: what a walk reads at a time.

@@ -17,6 +17,7 @@ from upq.db import Database
 from upq.errors import NotFound
 from upq.job import BLOCKED, FAILED, FINAL, QUEUED, RUNNING, STATES
 from upq.limits import is_paced, kept_text
+from upq.members import kept_batch
 from upq.record import LOCKED
 from upq.secret import mask, scrub, secret_texts
 from upq.sql import Sql
@@ -535,10 +536,27 @@ class Views:
         at: int | None = self._rows(query)[0][0]
         return at
 
-    def awaited(self, id: int) -> list[tuple[int, str]]:
-        """The jobs that have to be done before this one, with their states."""
-        query = sa.select(job.c.id, job.c.state).where(edge.c.job == id, job.c.id == edge.c.needs)
-        return [(row[0], row[1]) for row in self._rows(query.order_by(job.c.id))]
+    def awaited(self, id: int, limit: int = LIST_LIMIT) -> tuple[list[tuple[int, str]], int]:
+        """The first jobs that have to be done before this one, and how many there are.
+
+        Each with its state, those that have ended badly first.
+        """
+        needed = edge.c.job == id, job.c.id == edge.c.needs
+        by_end = sa.case((job.c.state.in_(FINAL), 0), else_=1)
+        query = sa.select(job.c.id, job.c.state).where(*needed).order_by(by_end, job.c.id)
+        found = [(row[0], row[1]) for row in self._rows(query.limit(limit))]
+        if len(found) < limit:
+            return found, len(found)
+        return found, self._rows(sa.select(sa.func.count()).where(edge.c.job == id))[0][0]
+
+    def batch(self, id: int) -> dict[str, Any] | None:
+        """What a job that follows a batch has of it; None for all others."""
+        found = self._rows(sa.select(job.c.options, job.c.waits).where(job.c.id == id))
+        kept = kept_batch(found[0].options) if found else {}
+        if not kept:
+            return None
+        left = found[0].waits - kept["open"]
+        return {"open": kept["open"], "when": kept["when"], "members": kept["n"], "left": left}
 
     def turn(self, id: int) -> Turn | Pace | None:
         """Behind whom, or for what rate, a job waits for its turn; None when it does not."""

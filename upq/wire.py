@@ -93,6 +93,19 @@ class Ack(NamedTuple):
     duplicate: bool = False
 
 
+class Batch(NamedTuple):
+    """The answer to a submit_many for a batch, beside those to its members."""
+
+    #: That of the follow-up.
+    id: int
+    #: An earlier request with the same key had made it, or closed it.
+    duplicate: bool = False
+    #: Whether members may still be added.
+    open: bool = False
+    #: How many jobs it has now.
+    members: int = 0
+
+
 class Reply(NamedTuple):
     """One reply, understood."""
 
@@ -104,6 +117,8 @@ class Reply(NamedTuple):
     #: The code and text of a refusal; "" when all is well.
     code: str = ""
     message: str = ""
+    #: Of a submit_many for a batch.
+    batch: Batch | None = None
 
 
 def ack(id: int, message: str = "", *, duplicate: bool = False, json: bool = False) -> bytes:
@@ -113,9 +128,13 @@ def ack(id: int, message: str = "", *, duplicate: bool = False, json: bool = Fal
     return _text_reply(f"ACK {id} {message}") if message else b"ACK %d\n" % id
 
 
-def acks(submits: Iterable[Ack]) -> bytes:
+def acks(submits: Iterable[Ack], batch: Batch | None = None) -> bytes:
     """The reply to a submit_many."""
-    return encode({"ok": True, "jobs": [submit._asdict() for submit in submits]})
+    fields: dict[str, Any] = {"ok": True}
+    if batch is not None:
+        fields |= {"batch": batch.id, **batch._asdict()}
+        del fields["id"]
+    return encode({**fields, "jobs": [submit._asdict() for submit in submits]})
 
 
 def err(code: str, text: str, *, json: bool = False) -> bytes:
@@ -179,4 +198,8 @@ def _read_json_reply(text: str) -> Reply:
     if "data" in fields:
         return Reply(text, data=fields["data"])
     found = fields.get("jobs", [fields])
-    return Reply(text, tuple(Ack(job["id"], job["message"], job["duplicate"]) for job in found))
+    acks = tuple(Ack(job["id"], job["message"], job["duplicate"]) for job in found)
+    if "batch" not in fields:
+        return Reply(text, acks)
+    batch = Batch(fields["batch"], fields["duplicate"], fields["open"], fields["members"])
+    return Reply(text, acks, batch=batch)
