@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timedelta
 from pathlib import Path
 from textwrap import indent
 from typing import Any
@@ -305,6 +306,15 @@ def test_a_job_that_fails_for_good_calls_for_on_fail(plant: Plant) -> None:
     }  # fmt: skip
     assert (shown["parent"], shown["root"], shown["submitter"]) == (first, first, "alice")
     assert plant.one("more")["params"] == told
+
+
+def test_a_step_waits_as_the_default_of_its_delay_says(plant: Plant) -> None:
+    plant.offer("first", subjobs="later")
+    plant.offer("later", params="up=2h", delay="{up}")
+    plant.start()
+    later = plant.one("later")
+    wait = datetime.fromisoformat(later["run_at"]) - datetime.fromisoformat(later["created_at"])
+    assert wait == pytest.approx(timedelta(hours=2), abs=timedelta(seconds=1))
 
 
 def test_on_fail_comes_for_what_has_expired_or_killed_its_daemon(plant: Plant) -> None:

@@ -163,7 +163,7 @@ class JobType:
 
     def put_off(self, new: NewJob) -> None:
         """Give a job the delay of its type. Raises BadParams."""
-        text = fill_key(self.cfg.delay, new.params, "delay")
+        text = fill_key(self.cfg.delay, self.at_run(new.params), "delay")
         try:
             delay_us = round(when.duration(text) * 1e6)
         except ValueError as error:
