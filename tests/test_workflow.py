@@ -301,8 +301,8 @@ def test_a_job_that_fails_for_good_calls_for_on_fail(plant: Plant) -> None:
     message = plant.one("first")["message"]
     assert message.endswith("ValueError: bad")
     assert told == {
-        "type": "first", "id": first, "root": first, "state": FAILED, "reason": "",
-        "params": {"x": 0}, "message": message, "output": "words",
+        "type": "first", "id": first, "root": first, "queue": "first",
+        "state": FAILED, "reason": "", "params": {"x": 0}, "message": message, "output": "words",
     }  # fmt: skip
     assert (shown["parent"], shown["root"], shown["submitter"]) == (first, first, "alice")
     assert plant.one("more")["params"] == told
