@@ -19,7 +19,7 @@ FLOORS = (
     "db cli",
     "sql",
     "writer statements",
-    "limits record",
+    "limits joins record",
     "family",
     "batch kinds ini",
     "config queue views attempt",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from datetime import datetime, timedelta
 from pathlib import Path
 from textwrap import indent
@@ -263,6 +264,106 @@ def test_a_join_waits_for_what_a_branch_has_appended_and_gets_its_result(plant: 
     assert (join["state"], join["jobdata"]["left"]) == (QUEUED, "more")
     assert join["jobdata"]["right"] == {"made": "right"}
     assert set(join["jobdata"]) == {"seed", "left", "right"}
+
+
+def test_what_a_branch_appends_hides_no_branch_that_has_failed(plant: Plant) -> None:
+    fork(plant)
+    plant.offer("left", "return False")
+    plant.offer("right", "self.append_job('more')")
+    plant.offer("more")
+    plant.start()
+    left = plant.next("left").id
+    plant.next("right")
+    reason = f"job {left} is failed; `retry {left}` lets it go on"
+    assert plant.one("join")["reason"] == reason
+    plant.next("more")
+    assert plant.one("join")["reason"] == reason
+    assert plant.store.views.awaited(plant.one("join")["id"]) == [(left, FAILED)]
+
+
+def test_a_join_that_is_cancelled_has_its_branches_go_on_all_the_same(plant: Plant) -> None:
+    fork(plant)
+    plant.offer("left", "self.append_job('more')")
+    plant.offer("more", "return 'more'")
+    plant.start()
+    join = plant.one("join")["id"]
+    plant.store.queue.cancel(join, "root")
+    plant.next("left"), plant.next("right"), plant.next("more")
+    assert plant.one("join")["state"] == CANCELLED
+    assert plant.one("join")["reason"] == ""
+    plant.store.queue.retry(join, "root")
+    plant.next("join"), plant.next("last")
+    assert plant.one("last")["params"]["left"] == "more"
+
+
+def test_a_join_that_has_failed_is_retried_with_what_it_was_given(plant: Plant) -> None:
+    fork(plant)
+    plant.offer("join", "self.jobdata['tried'] = 1\nreturn 'ok' in self.jobcfg and self.jobdata")
+    plant.start()
+    plant.next("left"), plant.next("right")
+    join = plant.next("join").id
+    assert plant.seen("last") == []
+    plant.offer("join", "return self.jobdata", ok="1")
+    plant.configure()
+    plant.store.queue.retry(join, "root")
+    plant.next("join")
+    result = {"seed": 1, "left": {"made": "left"}, "right": {"made": "right"}, "tried": 1}
+    assert plant.one("join")["result"] == result
+    assert len(plant.seen("left")) == 1
+
+
+def test_groups_may_come_one_after_another_with_a_job_between(plant: Plant) -> None:
+    plant.offer("first", subjobs="(a b) c (d) e")
+    plant.offer("a b c d e", "return self.jobname")
+    plant.start()
+    for type in "abcde":
+        plant.next(type)
+    assert plant.one("c")["jobdata"] == {"a": "a", "b": "b"}
+    assert plant.one("e")["jobdata"] == {"a": "a", "b": "b", "d": "d"}
+    assert plant.one("e")["parent"] == plant.one("c")["id"]
+
+
+@pytest.mark.parametrize("appends", [False, True])
+def test_branches_that_end_at_once_on_two_daemons_both_come_through(
+    plant: Plant, appends: bool
+) -> None:
+    n = 25
+    fork(plant)
+    plant.offer("left right", "self.append_job('more')" if appends else "return self.jobid")
+    plant.offer("more", "return self.jobid")
+    for _ in range(n):
+        plant.start()
+    with plant.store.beside() as other:
+        mine, theirs = plant.store.claim(n, "left"), other.claim(n, "right")
+        there = Runner(other.queue, plant.types)
+
+        def work(runner: Runner, store: Store, jobs: list[Job]) -> None:
+            for job in jobs:
+                runner.run(job, lambda plugin: None)
+                store.flush()
+
+        def both(mine: list[Job], theirs: list[Job]) -> None:
+            assert plant.opened is not None
+            threads = [
+                threading.Thread(target=work, args=(plant.opened, plant.store, mine)),
+                threading.Thread(target=work, args=(there, other, theirs)),
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+
+        both(mine, theirs)
+        if appends:
+            assert {row.state for row in plant.seen("join")} == {BLOCKED}
+            both(plant.store.claim(n, "more"), other.claim(n, "more"))
+    joins = plant.seen("join")
+    assert [(row.state, row.waits) for row in joins] == [(QUEUED, 0)] * n
+    for row in joins:
+        data = plant.store.views.job(row.id)["jobdata"]
+        assert data.keys() == {"seed", "left", "right"}
+        assert data["left"] != data["right"]
+    assert plant.store.fetch(sa.select(schema.edge)) == []
 
 
 def test_follow_ups_of_a_job_that_is_done_are_each_for_themselves(plant: Plant) -> None:
@@ -612,3 +713,28 @@ def test_a_step_whose_delay_cannot_be_read_fails_when_it_runs(plant: Plant) -> N
     plant.store.change(sa.update(schema.job).values(params="{}").where(schema.job.c.id == right.id))
     plant.next("right")
     assert plant.one("right")["message"] == "up: is missing, delay = {up} asks for it"
+
+
+def test_a_step_has_the_defaults_of_its_type_as_a_submit_has(plant: Plant) -> None:
+    plant.offer("first", subjobs="second third")
+    plant.offer("second", params="pool=fast vm:int=5", queue="storage.{pool}", serial="vm:{vm}")
+    plant.offer("third", params="vm:int")
+    plant.start(params={"vm": "7"})
+    (row,) = plant.seen("second")
+    assert row.queue == "storage.fast"
+    assert plant.one("second")["params"] == {"pool": "fast", "vm": 7}
+    (job,) = plant.store.claim(1, "second", "storage.fast")
+    assert job.options["limits"]["serial"] == "vm:7"
+    plant.run(job)
+    plant.store.flush()
+    plant.next("third")
+    assert plant.state("third") == DONE
+
+
+def test_a_step_that_does_not_fit_its_type_says_so_when_it_runs(plant: Plant) -> None:
+    plant.offer("first", subjobs="second")
+    plant.offer("second", params="pool=fast vm:int")
+    plant.start(params={"vm": "seven"})
+    assert plant.one("second")["params"] == {"vm": "seven"}
+    plant.next("second")
+    assert plant.one("second")["message"] == "vm: 'seven' is not a whole number"

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple, Protocol
 from upq import statements as st
 from upq.errors import KeyTaken, NotFound, WrongState
 from upq.job import BLOCKED, CANCELLED, DONE, FINAL, QUEUED, RUNNING
+from upq.joins import branches_of
 from upq.limits import KEPT, Limiter, kept_text, turn_reason
 from upq.record import encode
 from upq.sql import Tx
-from upq.workflow import JOINS, option
 
 #: So many jobs are looked at in the time that one level of a tree takes.
 LEVEL_COSTS = 10
@@ -123,7 +123,7 @@ class Family:
             if unique in taken:
                 continue
             # A join comes to its line when it could start.
-            in_line = "line" in limits and not (waits and option(options, JOINS))
+            in_line = "line" in limits and not (waits and branches_of(options))
             keys = limits if in_line else {**limits, "line": None}
             if limits and (holder := batch.limiter.again(id, keys)) is not None:
                 if alone:
