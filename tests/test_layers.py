@@ -19,7 +19,7 @@ FLOORS = (
     "db cli",
     "sql",
     "writer statements",
-    "limits record",
+    "limits joins record",
     "members",
     "family",
     "batch kinds ini",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from datetime import datetime, timedelta
 from pathlib import Path
 from textwrap import indent
 from typing import Any
@@ -11,7 +13,7 @@ import sqlalchemy as sa
 
 from tests import stores
 from tests.stores import Store
-from upq import config, schema
+from upq import config, schema, when
 from upq.job import (
     BLOCKED,
     CANCELLED,
@@ -21,12 +23,16 @@ from upq.job import (
     QUEUED,
     Job,
     NewJob,
+    Outcome,
 )
 from upq.jobtypes import JobTypes
 from upq.runner import Runner
+from upq.vault import Vault, add_key, read_keys
 from upq.workflow import following, handed_on, names, parse
 
 database, url, store = stores.database, stores.url, stores.store
+
+HOUR = 3_600_000_000
 
 
 # What a text spells
@@ -260,6 +266,106 @@ def test_a_join_waits_for_what_a_branch_has_appended_and_gets_its_result(plant: 
     assert set(join["jobdata"]) == {"seed", "left", "right"}
 
 
+def test_what_a_branch_appends_hides_no_branch_that_has_failed(plant: Plant) -> None:
+    fork(plant)
+    plant.offer("left", "return False")
+    plant.offer("right", "self.append_job('more')")
+    plant.offer("more")
+    plant.start()
+    left = plant.next("left").id
+    plant.next("right")
+    reason = f"job {left} is failed; `retry {left}` lets it go on"
+    assert plant.one("join")["reason"] == reason
+    plant.next("more")
+    assert plant.one("join")["reason"] == reason
+    assert plant.store.views.awaited(plant.one("join")["id"]) == [(left, FAILED)]
+
+
+def test_a_join_that_is_cancelled_has_its_branches_go_on_all_the_same(plant: Plant) -> None:
+    fork(plant)
+    plant.offer("left", "self.append_job('more')")
+    plant.offer("more", "return 'more'")
+    plant.start()
+    join = plant.one("join")["id"]
+    plant.store.queue.cancel(join, "root")
+    plant.next("left"), plant.next("right"), plant.next("more")
+    assert plant.one("join")["state"] == CANCELLED
+    assert plant.one("join")["reason"] == ""
+    plant.store.queue.retry(join, "root")
+    plant.next("join"), plant.next("last")
+    assert plant.one("last")["params"]["left"] == "more"
+
+
+def test_a_join_that_has_failed_is_retried_with_what_it_was_given(plant: Plant) -> None:
+    fork(plant)
+    plant.offer("join", "self.jobdata['tried'] = 1\nreturn 'ok' in self.jobcfg and self.jobdata")
+    plant.start()
+    plant.next("left"), plant.next("right")
+    join = plant.next("join").id
+    assert plant.seen("last") == []
+    plant.offer("join", "return self.jobdata", ok="1")
+    plant.configure()
+    plant.store.queue.retry(join, "root")
+    plant.next("join")
+    result = {"seed": 1, "left": {"made": "left"}, "right": {"made": "right"}, "tried": 1}
+    assert plant.one("join")["result"] == result
+    assert len(plant.seen("left")) == 1
+
+
+def test_groups_may_come_one_after_another_with_a_job_between(plant: Plant) -> None:
+    plant.offer("first", subjobs="(a b) c (d) e")
+    plant.offer("a b c d e", "return self.jobname")
+    plant.start()
+    for type in "abcde":
+        plant.next(type)
+    assert plant.one("c")["jobdata"] == {"a": "a", "b": "b"}
+    assert plant.one("e")["jobdata"] == {"a": "a", "b": "b", "d": "d"}
+    assert plant.one("e")["parent"] == plant.one("c")["id"]
+
+
+@pytest.mark.parametrize("appends", [False, True])
+def test_branches_that_end_at_once_on_two_daemons_both_come_through(
+    plant: Plant, appends: bool
+) -> None:
+    n = 25
+    fork(plant)
+    plant.offer("left right", "self.append_job('more')" if appends else "return self.jobid")
+    plant.offer("more", "return self.jobid")
+    for _ in range(n):
+        plant.start()
+    with plant.store.beside() as other:
+        mine, theirs = plant.store.claim(n, "left"), other.claim(n, "right")
+        there = Runner(other.queue, plant.types)
+
+        def work(runner: Runner, store: Store, jobs: list[Job]) -> None:
+            for job in jobs:
+                runner.run(job, lambda plugin: None)
+                store.flush()
+
+        def both(mine: list[Job], theirs: list[Job]) -> None:
+            assert plant.opened is not None
+            threads = [
+                threading.Thread(target=work, args=(plant.opened, plant.store, mine)),
+                threading.Thread(target=work, args=(there, other, theirs)),
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+
+        both(mine, theirs)
+        if appends:
+            assert {row.state for row in plant.seen("join")} == {BLOCKED}
+            both(plant.store.claim(n, "more"), other.claim(n, "more"))
+    joins = plant.seen("join")
+    assert [(row.state, row.waits) for row in joins] == [(QUEUED, 0)] * n
+    for row in joins:
+        data = plant.store.views.job(row.id)["jobdata"]
+        assert data.keys() == {"seed", "left", "right"}
+        assert data["left"] != data["right"]
+    assert plant.store.fetch(sa.select(schema.edge)) == []
+
+
 def test_follow_ups_of_a_job_that_is_done_are_each_for_themselves(plant: Plant) -> None:
     plant.offer("first", "return {'n': 1}", on_done="other more", subjobs="last")
     plant.offer("last")
@@ -296,11 +402,20 @@ def test_a_job_that_fails_for_good_calls_for_on_fail(plant: Plant) -> None:
     message = plant.one("first")["message"]
     assert message.endswith("ValueError: bad")
     assert told == {
-        "type": "first", "id": first, "root": first, "state": FAILED, "reason": "",
-        "params": {"x": 0}, "message": message, "output": "words",
+        "type": "first", "id": first, "root": first, "queue": "first",
+        "state": FAILED, "reason": "", "params": {"x": 0}, "message": message, "output": "words",
     }  # fmt: skip
     assert (shown["parent"], shown["root"], shown["submitter"]) == (first, first, "alice")
     assert plant.one("more")["params"] == told
+
+
+def test_a_step_waits_as_the_default_of_its_delay_says(plant: Plant) -> None:
+    plant.offer("first", subjobs="later")
+    plant.offer("later", params="up=2h", delay="{up}")
+    plant.start()
+    later = plant.one("later")
+    wait = datetime.fromisoformat(later["run_at"]) - datetime.fromisoformat(later["created_at"])
+    assert wait == pytest.approx(timedelta(hours=2), abs=timedelta(seconds=1))
 
 
 def test_on_fail_comes_for_what_has_expired_or_killed_its_daemon(plant: Plant) -> None:
@@ -341,3 +456,285 @@ def test_what_sees_to_failures_may_fail_itself_and_ends_there(plant: Plant) -> N
     assert plant.one("last")["params"]["id"] == report
     assert plant.one("last")["root"] == first
     assert len(plant.store.fetch(sa.select(schema.job.c.id))) == 3
+
+
+# Limits
+
+
+def test_a_join_waits_for_the_job_that_a_branch_repeats(plant: Plant) -> None:
+    fork(plant)
+    plant.offer("left", "return {'made': 'long ago'}", unique="x")
+    plant.configure()
+    limits = plant.types.get("left").limits({"x": 0})
+    there = plant.store.submit("left", params={"x": 0}, limits=limits)
+    plant.start(params={"x": 0})
+    plant.next("right")
+    assert len(plant.seen("left")) == 1
+    assert plant.one("join")["reason"] == f"waits for {there}, {plant.seen('right')[0].id}"
+    plant.next("left")
+    join = plant.one("join")
+    assert (join["state"], join["jobdata"]["left"]) == (QUEUED, {"made": "long ago"})
+
+
+@pytest.mark.parametrize("end", [DONE, FAILED])
+def test_a_branch_may_repeat_a_job_that_has_ended(plant: Plant, end: str) -> None:
+    fork(plant)
+    plant.offer("left", f"return {end == DONE} and 'ready'", unique="x for 1h")
+    plant.configure()
+    limits = plant.types.get("left").limits({"x": 0})
+    plant.store.submit("left", params={"x": 0}, limits=limits)
+    there = plant.next("left").id
+    plant.start(params={"x": 0})
+    if end == FAILED:
+        assert plant.one("join")["reason"].startswith(f"job {there} is failed; `retry {there}`")
+        plant.offer("left", "return 'ready'", unique="x for 1h")
+        plant.configure()
+        plant.store.queue.retry(there, "root")
+        plant.next("left")
+    assert plant.one("join")["jobdata"]["left"] == "ready"
+    assert plant.state("join") == BLOCKED
+    plant.next("right")
+    assert plant.state("join") == QUEUED
+
+
+def test_a_join_whose_branches_are_all_done_long_since_is_queued_at_once(plant: Plant) -> None:
+    fork(plant)
+    plant.offer("left right", "return self.jobname", unique="x for 1h")
+    plant.configure()
+    for type in "left", "right":
+        limits = plant.types.get(type).limits({"x": 0})
+        plant.store.submit(type, params={"x": 0}, limits=limits)
+        plant.next(type)
+    plant.start(params={"x": 0})
+    join = plant.one("join")
+    data = {"x": 0, "seed": 1, "left": "left", "right": "right"}
+    assert (join["state"], join["jobdata"]) == (QUEUED, data)
+
+
+def test_a_branch_may_repeat_a_job_of_the_same_transaction(plant: Plant) -> None:
+    fork(plant)
+    plant.offer("left", "return self.jobid", unique="x")
+    for _ in range(2):
+        plant.store.submit("first", params={"x": 0})
+    for job in plant.store.claim(2, "first"):
+        plant.run(job)
+    plant.store.flush()
+    (left,) = plant.seen("left")
+    plant.next("left")
+    plant.next("right"), plant.next("right")
+    assert [row.state for row in plant.seen("join")] == [QUEUED, QUEUED]
+    for row in plant.seen("join"):
+        assert plant.store.views.job(row.id)["jobdata"]["left"] == left.id
+
+
+def test_a_step_that_a_branch_appends_may_be_another_branch(plant: Plant) -> None:
+    fork(plant)
+    plant.offer("left", "self.append_job('right')")
+    plant.offer("right", "return 'of both'", unique="seed")
+    plant.start()
+    plant.next("left")
+    assert len(plant.seen("right")) == 1
+    assert plant.state("join") == BLOCKED
+    plant.next("right")
+    join = plant.one("join")
+    assert (join["state"], join["jobdata"]) == (
+        QUEUED, {"seed": 1, "left": "of both", "right": "of both"},
+    )  # fmt: skip
+
+
+def test_a_step_that_a_branch_appends_may_be_done_already(plant: Plant) -> None:
+    fork(plant)
+    plant.offer("left", "self.append_job('more')")
+    plant.offer("more", "return 'before'", unique="seed for 1h")
+    plant.configure()
+    limits = plant.types.get("more").limits({"seed": 1})
+    plant.store.submit("more", params={"seed": 1}, limits=limits)
+    plant.next("more")
+    plant.start()
+    plant.next("right")
+    plant.next("left")
+    join = plant.one("join")
+    assert (join["state"], join["jobdata"]["left"]) == (QUEUED, "before")
+
+
+def test_a_join_that_is_a_duplicate_ends_the_chain(plant: Plant) -> None:
+    fork(plant, unique="seed")
+    plant.offer("left", "self.append_job('more')")
+    plant.offer("more")
+    plant.configure()
+    plant.store.submit("join", params={}, limits=plant.types.get("join").limits({"seed": 1}))
+    plant.start()
+    for type in "left", "right", "more":
+        plant.next(type)
+    assert plant.state("more") == DONE
+    assert plant.state("join") == QUEUED
+
+
+def test_branches_and_their_join_may_take_turns_with_each_other(plant: Plant) -> None:
+    """All of one line: the join, which is older than what its branch appends, is not in the way."""
+    turn = {"serial": "vm:{x}"}
+    plant.offer("first", subjobs="(left right) join", **turn)
+    plant.offer("left", "self.append_job('more')", **turn)
+    plant.offer("right more join other", **turn)
+    plant.configure()
+    plant.start(params={"x": 1})
+    plant.next("left")
+    limits = plant.types.get("other").limits({"x": 1})
+    plant.store.submit("other", params={"x": 1}, limits=limits)
+    plant.next("right")
+    assert plant.store.claim(1, "other") == []
+    plant.next("more")
+    # The oldest of the line goes first.
+    assert plant.store.claim(1, "other") == []
+    plant.next("join")
+    plant.next("other")
+
+
+def test_a_blocked_join_that_is_cancelled_and_retried_is_in_nobodys_way(plant: Plant) -> None:
+    turn = {"serial": "vm:{x}"}
+    plant.offer("first", subjobs="(left right) join", **turn)
+    plant.offer("left right join", **turn)
+    plant.start(params={"x": 1})
+    (join,) = plant.seen("join")
+    plant.store.queue.cancel(join.id, "root")
+    plant.next("left")
+    plant.store.queue.retry(join.id, "root")
+    assert plant.state("join") == BLOCKED
+    plant.next("right")
+    plant.next("join")
+    assert plant.state("join") == DONE
+    assert plant.one("join")["jobdata"] == {"x": 1, "left": None, "right": None}
+
+
+def test_results_outlive_the_jobs_that_had_them(plant: Plant) -> None:
+    fork(plant)
+    plant.start()
+    plant.next("left")
+    assert plant.store.queue.purge(DONE, when.now() + 1) == 2
+    plant.next("right")
+    assert plant.one("join")["jobdata"]["left"] == {"made": "left"}
+
+
+def test_a_step_of_a_type_that_is_disabled_waits(plant: Plant) -> None:
+    fork(plant, enabled="no")
+    plant.start()
+    plant.next("left"), plant.next("right")
+    join = plant.seen("join")[0]
+    assert join.state == QUEUED
+    assert plant.types.hold(plant.store.queue.lanes[join.lane]).startswith("join is disabled")
+    plant.offer("join", "return self.jobdata")
+    plant.configure()
+    plant.next("join")
+    assert plant.one("join")["result"]["left"] == {"made": "left"}
+
+
+# Secrets
+
+
+def test_secrets_in_results_are_encrypted_and_masked_wherever_they_come(
+    plant: Plant, tmp_path: Path
+) -> None:
+    fork(plant, secret="token")
+    plant.offer("left", "return {'token': 'hunter2', 'url': 'http://hunter2@x'}", on_fail="report")
+    plant.offer("right", "self.output.write('hunter2')\nself.msg('hunter2')\nreturn False",
+                on_fail="report")  # fmt: skip
+    plant.offer("report")
+    plant.configure()
+    add_key(str(tmp_path / "keys"))
+    keys = read_keys(str(tmp_path / "keys"))
+    queue, secret = plant.store.queue, lambda: plant.types.secret
+    queue.vault = Vault(keys, secret)
+    plant.start(params={"token": "hunter2"})
+    plant.next("left"), plant.next("right")
+    assert plant.one("report")["params"]["params"] == {"token": "***", "seed": 1}
+    assert plant.one("report")["params"]["message"] == "***"
+    assert plant.one("report")["params"]["output"] == "***"
+    plant.offer("right", "return 'said hunter2'")
+    plant.configure()
+    # The branch is done, and its join released, by a daemon that has lost the key.
+    queue.retry(plant.seen("right")[0].id, "root")
+    (right,) = plant.store.claim(1, "right")
+    queue.vault = Vault((), secret)
+    queue.finish(right, Outcome(DONE, result={"n": 1}))
+    plant.store.flush()
+    stored = plant.seen("join")[0]
+    assert stored.state == QUEUED
+    for text in stored.params, stored.data:
+        assert "hunter2" not in text
+    (join,) = plant.store.claim(1, "join")
+    assert "is not in [db] key_file" in join.options["locked"]
+    queue.vault = Vault(keys, secret)
+    data = queue.vault.decode(stored.data)
+    left = {"token": "hunter2", "url": "http://hunter2@x"}
+    assert data == {"token": "hunter2", "seed": 1, "left": left, "right": {"n": 1}}
+
+
+# Delays
+
+
+def test_a_step_with_a_delay_is_due_that_much_later(plant: Plant) -> None:
+    plant.offer("first", subjobs="(left right) join")
+    plant.offer("left", delay="{up}")
+    plant.offer("right")
+    plant.offer("join", delay="{up}m")
+    before = when.now()
+    plant.start(params={"up": 3600})
+    (left,) = plant.seen("left")
+    assert before + HOUR <= left.run_at <= when.now() + HOUR
+    assert plant.store.claim(1, "left") == []
+    plant.next("right")
+    plant.store.queue.cancel(left.id, "root")
+    plant.store.queue.retry(left.id, "root")
+    before = when.now()
+    plant.next("left")
+    (join,) = plant.seen("join")
+    assert join.state == QUEUED
+    assert before + 60 * HOUR <= join.run_at <= when.now() + 60 * HOUR
+    assert plant.store.claim(1, "join") == []
+
+
+def test_a_blocked_join_shows_no_time_yet(plant: Plant) -> None:
+    fork(plant, delay="1h")
+    plant.start()
+    assert plant.one("join")["run_at"] is None
+
+
+def test_a_step_whose_delay_cannot_be_read_fails_when_it_runs(plant: Plant) -> None:
+    plant.offer("first", subjobs="(left right)")
+    plant.offer("left right", delay="{up}")
+    plant.start(params={"up": "soon"})
+    plant.next("left")
+    left = plant.one("left")
+    assert (left["state"], left["reason"]) == (FAILED, "bad params")
+    assert left["message"] == (
+        "delay = {up}: 'soon' is not a duration such as 30s, 10m, 1h30m or 2d"
+    )
+    (right,) = plant.seen("right")
+    plant.store.change(sa.update(schema.job).values(params="{}").where(schema.job.c.id == right.id))
+    plant.next("right")
+    assert plant.one("right")["message"] == "up: is missing, delay = {up} asks for it"
+
+
+def test_a_step_has_the_defaults_of_its_type_as_a_submit_has(plant: Plant) -> None:
+    plant.offer("first", subjobs="second third")
+    plant.offer("second", params="pool=fast vm:int=5", queue="storage.{pool}", serial="vm:{vm}")
+    plant.offer("third", params="vm:int")
+    plant.start(params={"vm": "7"})
+    (row,) = plant.seen("second")
+    assert row.queue == "storage.fast"
+    assert plant.one("second")["params"] == {"pool": "fast", "vm": 7}
+    (job,) = plant.store.claim(1, "second", "storage.fast")
+    assert job.options["limits"]["serial"] == "vm:7"
+    plant.run(job)
+    plant.store.flush()
+    plant.next("third")
+    assert plant.state("third") == DONE
+
+
+def test_a_step_that_does_not_fit_its_type_says_so_when_it_runs(plant: Plant) -> None:
+    plant.offer("first", subjobs="second")
+    plant.offer("second", params="pool=fast vm:int")
+    plant.start(params={"vm": "seven"})
+    assert plant.one("second")["params"] == {"vm": "seven"}
+    plant.next("second")
+    assert plant.one("second")["message"] == "vm: 'seven' is not a whole number"

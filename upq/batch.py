@@ -6,7 +6,6 @@ is `queue`.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import struct
@@ -37,12 +36,13 @@ from upq.job import (
     NewJob,
     Outcome,
 )
+from upq.joins import Joins, after_reason, block, branches_of, waits_reason
 from upq.limits import Limiter, is_paced, kept, kept_text, turn_reason
-from upq.members import Members, after_reason, kept_batch
+from upq.members import Members, kept_batch
 from upq.notify import address
 from upq.sql import Sql, Tx
 from upq.vault import Vault
-from upq.workflow import DELAY, JOIN, JOINS, option
+from upq.workflow import DELAY, JOIN, option
 from upq.writer import Replay
 
 log = logging.getLogger(__name__)
@@ -203,8 +203,7 @@ class Batch:
         #: Below cancelled jobs, what is left to be cancelled by the next batches.
         self.left: list[Page] = []
         self._told: list[tuple[Callable[[bool], None], bool]] = []
-        #: Jobs of before that new ones have come to wait for, as they repeat their branches.
-        self._met: list[int] = []
+        self._joins = Joins(tx, home.vault)
         self._first = 0
         self._limiter: Limiter | None = None
         self.family = Family(self)
@@ -344,9 +343,7 @@ class Batch:
                 fresh, edges = [], []
                 self.replace(one, new)
         self.store(fresh, edges)
-        if self._met:
-            met, self._met = self._met, []
-            self._heed(met)
+        self._heed_met()
         return results
 
     def note_new(self, new: list[list[Any]], who: str) -> None:
@@ -453,12 +450,12 @@ class Batch:
             if after:
                 # A copy: should this be rolled back, it starts again from what was asked for.
                 row = list(row)
-                branches = option(row[st.AT["options"]], JOINS)
+                branches = branches_of(row[st.AT["options"]])
                 if branches is None:
                     edges += self._wait_for(row, after)
                 else:
                     there = {one.rows[at][0]: new.id for at, new in enumerate(accepted)}
-                    edges += self._join(row, branches, there)
+                    edges += self._joins.begin(row, branches, there)
             if key:
                 own[key] = (row[0], row[st.AT["params"]])
             accepted.append(Accepted(row[0]))
@@ -476,40 +473,19 @@ class Batch:
         open_ = [id for id in needed if states[id] != DONE]
         if open_:
             ended = [id for id in open_ if states[id] in FINAL]
-            self._block(row, open_)
+            block(row, open_)
             if ended:
                 row[st.AT["reason"]] = after_reason(ended[0], states[ended[0]])
             if len(row) > st.PLAIN and is_paced(row[st.AT["serial_key"]]):
                 row[st.AT["serial_key"]] = None  # it comes to its line when it could start
         return [(row[0], id) for id in open_]
 
-    @staticmethod
-    def _block(row: list[Any], needed: list[int]) -> None:
-        row[st.AT["state"]], row[st.AT["ready"]], row[st.AT["due_at"]] = BLOCKED, None, None
-        row[st.AT["reason"]], row[st.AT["waits"]] = waits_reason(needed), len(needed)
-        if option(row[st.AT["options"]], DELAY) is not None:
-            row[st.AT["run_at"]] = None  # it counts from when it could start
-
-    def _join(
-        self, row: list[Any], branches: dict[str, int], there: dict[int, int]
-    ) -> list[tuple[int, int]]:
-        """Block a new job until its branches are done; those of the same submit are `there`.
-
-        Where one was a duplicate it waits for the job that it repeats.
-        """
-        needed = {name: there[id] for name, id in branches.items()}
-        if needed != branches:
-            row[st.AT["options"]] = with_joins(row[st.AT["options"]], needed)
-            self._met += [id for name, id in needed.items() if id != branches[name]]
-        self._block(row, list(needed.values()))
-        if len(row) > st.PLAIN:
-            # It comes to its line when it could start: a branch may queue a job of the same line.
-            row[st.AT["serial_key"]] = None
-        return [(row[0], id) for id in needed.values()]
-
-    def _heed(self, ids: list[int]) -> None:
-        """Jobs of before have got new ones that wait for them; they may have ended."""
-        states = self.tx.fetch_rows(st.STATES_OF, sorted((id,) for id in set(ids)))
+    def _heed_met(self) -> None:
+        """Joins have come to wait for jobs of before: have them go on where those have ended."""
+        met, self._joins.met = set(self._joins.met), []
+        if not met:
+            return
+        states = self.tx.fetch_rows(st.STATES_OF, sorted((id,) for id in met))
         self._release_dependents([id for id, state in states if state == DONE])
         self.hold_dependents([(id, s) for id, s in states if s in FINAL and s != DONE])
 
@@ -685,7 +661,16 @@ class Batch:
         """What ends bring about: jobs that follow, dependents that go on or wait for longer."""
         followed = [one for one in finishes if one.then is not None]
         submits = [one.then for one in followed if one.then is not None]
-        self._go_on(followed, self.insert(submits, follow=True))
+        steps = {
+            (join, one.job.id): new
+            for one, follow in zip(followed, self.insert(submits, follow=True), strict=True)
+            if (join := one.job.options.get(JOIN)) is not None and one.then is not None
+            for row, new in zip(one.then.rows, follow, strict=True)
+            if option(row[st.AT["options"]], JOIN) == join
+        }
+        if steps:
+            self._joins.stand_in(steps)
+            self._heed_met()
         cancelled = [one.job.id for one in finishes if one.outcome.state == CANCELLED]
         self._close_below(submits, cancelled)
         states = [(one.job.id, one.outcome.state) for one in finishes]
@@ -700,37 +685,6 @@ class Batch:
                 self.crashed += one.outcome.state == FAILED
         self._release_dependents([id for id, state in states if state == DONE])
         self.hold_dependents([(id, s) for id, s in states if s in FINAL and s != DONE])
-
-    def _go_on(self, finishes: list[Finish], stored: list[list[Accepted]]) -> None:
-        """Steps that follow a branch stand in for it: its join waits for them, and gets theirs."""
-        stand_ins = {
-            (join, one.job.id): new
-            for one, follow in zip(finishes, stored, strict=True)
-            if (join := one.job.options.get(JOIN)) is not None and one.then is not None
-            for row, new in zip(one.then.rows, follow, strict=True)
-            if option(row[st.AT["options"]], JOIN) == join
-        }
-        if not stand_ins:
-            return
-        ids = sorted({(join,) for join, _ in stand_ins})
-        options = {row[0]: row[6] for row in self.tx.fetch_rows(st.THESE_JOBS, ids)}
-        edges = set(self.tx.fetch_rows(st.NEEDS_OF, ids))
-        added = []
-        for (join, branch), new in stand_ins.items():
-            if join not in options:  # it was a duplicate
-                continue
-            branches = option(options[join], JOINS) or {}
-            branches = {n: new.id if id == branch else id for n, id in branches.items()}
-            options[join] = with_joins(options[join], branches)
-            self.tx.run(st.SET_OPTIONS, id=join, text=options[join])
-            if (join, new.id) not in edges:
-                added.append((join, new.id))
-        if added:
-            self.tx.run_rows(st.INSERT_EDGES, added)
-            more = Counter(join for join, _ in added)
-            self.tx.run_rows(st.LOWER_WAITS, sorted((join, -n) for join, n in more.items()))
-        self.hold_dependents([(new.id, QUEUED) for new in stand_ins.values()])
-        self._heed([new.id for new in stand_ins.values() if new.duplicate])
 
     def _was_ours(self, one: Finish) -> bool:
         """An end that changed nothing: a repeat of our own, or one from a lost claim."""
@@ -821,7 +775,7 @@ class Batch:
         for id, lane_id, run_at, attempt, waits, state, options in sorted(
             self.tx.fetch_rows(st.WAITS_OF, [(id,) for id, _ in counts])
         ):
-            if (branches := option(options, JOINS)) is not None:
+            if (branches := branches_of(options)) is not None:
                 joins[id] = branches
             if waits or state != BLOCKED:
                 continue
@@ -843,24 +797,13 @@ class Batch:
                 self.note_due(run_at if later else None)
                 self.moved(id, lane_id, BLOCKED, QUEUED, attempt=attempt)
         if joins:
-            self._hand_on(joins, set(done))
+            self._joins.hand_on(joins, set(done))
         if free:
             self.tx.run_rows(st.FREE_JOBS, free)
         if turns:
             self.tx.run_rows(st.PUT_IN_LINE, turns)
         if followups:
             self.members.release(followups)
-
-    def _hand_on(self, joins: dict[int, dict[str, int]], done: set[int]) -> None:
-        """Give joins, which are locked, the results of those of their branches that are done."""
-        ids = {id for branches in joins.values() for id in branches.values()} & done
-        results = dict(self.tx.fetch_rows(st.RESULTS_OF, sorted((id,) for id in ids)))
-        data = self.tx.fetch_rows(st.DATA_OF, sorted((id,) for id in joins))
-        found = []
-        for id, text in sorted(data):
-            parts = {n: results[b] or "null" for n, b in joins[id].items() if b in results}
-            found.append((id, self._home.vault.merged(text, parts)))
-        self.tx.run_rows(st.SET_DATA, found)
 
     def reopen(self, ids: Sequence[int], followups: Mapping[int, dict[str, Any]]) -> None:
         """Jobs are queued again: who waits for their ends waits for one more. Follow-ups among them
@@ -901,13 +844,8 @@ def looks_at_others(rows: list[list[Any]]) -> bool:
     its branches repeats.
     """
     return rows[0][st.AT["child_key"]] is not None or any(
-        option(row[st.AT["options"]], JOINS) is not None for row in rows
+        branches_of(row[st.AT["options"]]) is not None for row in rows
     )
-
-
-def with_joins(options: str, branches: dict[str, int]) -> str:
-    """The options of a join that has these branches."""
-    return json.dumps({**json.loads(options), JOINS: branches})
 
 
 def parents_of(submits: Sequence[Submit]) -> set[int]:
@@ -927,10 +865,6 @@ def limit_keys(bounded: dict[str, Bounds]) -> list[str]:
     """In the order in which all transactions lock them."""
     keys = {token.key for limits in bounded.values() for token in limits.tokens}
     return sorted(keys | {limits.rate_key for limits in bounded.values() if limits.rate})
-
-
-def waits_reason(ids: Sequence[int]) -> str:
-    return "waits for " + ", ".join(map(str, ids[:8])) + (" ..." if len(ids) > 8 else "")
 
 
 def new_tokens(k: int) -> list[int]:

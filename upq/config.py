@@ -379,7 +379,7 @@ class JobSettings:
         NAMES,
         "",
         "Job types that are queued when a job has failed for good or has expired. They get its"
-        " `type`, `id`, `root`, `state`, `reason`, `params`, `message` and `output`.",
+        " `type`, `id`, `root`, `queue`, `state`, `reason`, `params`, `message` and `output`.",
     )
     delay: str = setting(
         DELAY,

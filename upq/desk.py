@@ -15,7 +15,6 @@ from typing import Any, Protocol
 from sqlalchemy import Engine
 
 from upq import log as logs
-from upq.batch import waits_reason
 from upq.errors import (
     IsCancelled,
     KeyTaken,
@@ -28,6 +27,7 @@ from upq.errors import (
 )
 from upq.events import Event
 from upq.job import FINAL, Accepted, Job, NewJob
+from upq.joins import waits_reason
 from upq.plugins import UpqJob, wait_for
 from upq.pool import Pool
 from upq.queue import Queue

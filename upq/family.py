@@ -15,11 +15,11 @@ from typing import Any, NamedTuple, Protocol
 from upq import statements as st
 from upq.errors import KeyTaken, NotFound, WrongState
 from upq.job import BLOCKED, CANCELLED, DONE, FINAL, QUEUED, RUNNING
+from upq.joins import branches_of
 from upq.limits import KEPT, Limiter, kept_text, turn_reason
 from upq.members import kept_batch
 from upq.record import encode
 from upq.sql import Tx
-from upq.workflow import JOINS, option
 
 #: So many jobs are looked at in the time that one level of a tree takes.
 LEVEL_COSTS = 10
@@ -128,7 +128,7 @@ class Family:
             # A follow-up may get members back here.
             waits = waits or int(id in followups and len(found) > 1)
             # A join comes to its line when it could start, and so does a follow-up.
-            is_late = waits and (id in followups or option(options, JOINS))
+            is_late = waits and (id in followups or branches_of(options))
             in_line = "line" in limits and not is_late
             keys = limits if in_line else {**limits, "line": None}
             if limits and (holder := batch.limiter.again(id, keys)) is not None:

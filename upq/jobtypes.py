@@ -270,9 +270,12 @@ class JobTypes:
     def step(self, of: Job, name: str, params: dict[str, Any], options: dict[str, Any]) -> NewJob:
         """A job that the end of another calls for.
 
-        One that lacks what `delay` asks for fails when it runs.
+        One that lacks what its type asks for fails when it runs.
         """
         kind = self.by_name.get(name)
+        if kind is not None and kind.params is not None:
+            with contextlib.suppress(BadParams):
+                params = kind.at_run(params)
         new = NewJob(name, params, self.queue_of_step(name, params), options=options,
                      submitter=of.submitter, parent=of.id, root=of.root)  # fmt: skip
         if kind is not None:

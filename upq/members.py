@@ -13,6 +13,7 @@ from typing import Any
 
 from upq import statements as st
 from upq.job import BATCH, BLOCKED, CANCELLED, DONE, ENDED, EXPIRED, FAILED, FINAL
+from upq.joins import after_reason
 from upq.record import encode
 from upq.sql import Tx
 from upq.vault import Vault
@@ -40,10 +41,6 @@ def reason_of(kept: dict[str, Any], bad: Sequence[tuple[int, str]]) -> str:
     if kept["open"]:
         return OPEN_REASON
     return after_reason(*bad[0]) if bad and kept["when"] == DONE else FILLED_REASON
-
-
-def after_reason(id: int, state: str) -> str:
-    return f"job {id} is {state}; `retry {id}` lets it go on"
 
 
 class Members:

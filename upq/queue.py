@@ -935,7 +935,7 @@ def unneeded(batch: Batch, state: str, ids: list[tuple[int]]) -> list[Any]:
     """Of these jobs, locked, those in the state that no parent and no other job needs."""
     found = [row for row in batch.tx.fetch_rows(st.LOCK_ENDED, ids) if row[2] == state]
     parents = sorted({(row[3],) for row in found if row[3] is not None})
-    states = dict(batch.tx.fetch_rows(st.PARENTS_OF, parents)) if parents else {}
+    states = dict(batch.tx.fetch_rows(st.PLAIN_STATES_OF, parents)) if parents else {}
     awaited = {row[0] for row in batch.tx.fetch_rows(st.AWAITED_OF, ids)}
     return [row for row in found if row[0] not in awaited and states.get(row[3], DONE) in FINAL]
 

@@ -920,7 +920,7 @@ def awaited_of(dialect: str) -> ClauseElement:
 
 ENDED_LATER = Sql(ended_later)
 LOCK_ENDED = Sql(lock_ended)
-PARENTS_OF = Sql(plain_states_of)
+PLAIN_STATES_OF = Sql(plain_states_of)
 AWAITED_OF = Sql(awaited_of)
 
 # Schedules. The row of a schedule at 0 is its head.

@@ -126,6 +126,7 @@ def failure(
         "type": job.type,
         "id": job.id,
         "root": job.root,
+        "queue": job.queue,
         "state": outcome.state,
         "reason": outcome.reason,
         "params": fitting(mask(job.params, secret, hidden)),
