@@ -55,6 +55,14 @@ socket_chmod = 666
 subjobs = b c
 [job b]
 [job c]
+[job split]
+subjobs = (left right) joined c
+on_fail = sorry
+[job left]
+on_fail = sorry
+[job right]
+[job joined]
+[job sorry]
 [job work]
 concurrent = 4
 [job apart]
@@ -73,8 +81,8 @@ def run(self):
     note("start", self.jobname, self.jobid)
     return self.gather([self.submit("parent", **{**self.jobdata, "children": "work+work"})])
 """
-JOBS = {"a": STEP, "b": STEP, "c": STEP, "work": STEP, "apart": STEP, "parent": PARENT,
-        "grand": GRAND}  # fmt: skip
+STEPS = ("a", "b", "c", "split", "left", "right", "joined", "sorry", "work", "apart")
+JOBS = {**dict.fromkeys(STEPS, STEP), "parent": PARENT, "grand": GRAND}
 
 
 @pytest.fixture(scope="module", params=["sqlite", "mariadb", "postgres"])
@@ -253,6 +261,22 @@ def test_a_tree_in_two_daemons_is_cancelled_by_way_of_either(
             assert nodes == {"a", "b"}
 
 
+def test_branches_that_run_are_cancelled_with_their_join_and_nobody_is_told_of_a_failure(
+    daemon: Daemon,
+) -> None:
+    id = daemon.submit("split held:go")
+    daemon.open_gate("gosplit")
+    until(lambda: sorted(starts(daemon)) == ["left", "right", "split"])
+    assert daemon.ask(f"cancel {id}")["below"] == 3
+    assert whole(daemon, id)["counts"] == {DONE: 1, "cancelled": 3}
+    assert sorted(starts(daemon)) == ["left", "right", "split"]
+    for name in STEPS:
+        daemon.open_gate(f"go{name}")
+    assert daemon.ask(f"retry {id}")["below"] == 3
+    found = whole(daemon, id)
+    assert (found["state"], found["counts"]) == (DONE, {DONE: 5})
+
+
 # Queued again
 
 
@@ -286,6 +310,27 @@ def test_a_chain_goes_on_at_the_step_that_has_failed(daemon: Daemon) -> None:
     assert whole(daemon, id)["counts"] == {DONE: 3}
     assert starts(daemon) == ["a", "b", "b", "c"]
     assert daemon.say(f"retry {id}").startswith(f"ERR wrong_state job {id} is done: only what ")
+
+
+def test_a_join_whose_branch_has_failed_goes_on_after_a_retry_of_the_whole(daemon: Daemon) -> None:
+    id = daemon.submit("split bad:left")
+    found = whole(daemon, id)
+    assert (found["state"], found["expected"]) == (FAILED, 6)
+    assert found["counts"] == {DONE: 3, FAILED: 1, "blocked": 1}, "sorry is one of those done"
+    daemon.open_gate("mended")
+    assert daemon.ask(f"retry {id}") == {"id": id, "state": DONE, "below": 1}
+    found = whole(daemon, id)
+    assert (found["state"], found["progress"], found["counts"]) == (DONE, 1.0, {DONE: 6})
+    assert sorted(starts(daemon)) == ["c", "joined", "left", "left", "right", "sorry", "split"]
+
+
+def test_a_wait_for_the_whole_does_not_wait_for_what_a_failure_elsewhere_holds_up(
+    daemon: Daemon,
+) -> None:
+    failed = daemon.submit("work bad:work")
+    daemon.wait(failed)
+    id = daemon.submit(f"work @after:{failed}")
+    assert whole(daemon, id)["state"] == "blocked"
 
 
 def test_a_cancelled_tree_is_queued_again_and_comes_to_its_end(daemon: Daemon) -> None:

@@ -67,16 +67,22 @@ def test_a_bad_end_that_the_job_above_has_seen_and_coped_with_is_none_of_the_who
 
 def test_a_join_that_a_failed_branch_holds_up_lets_the_whole_come_to_its_end() -> None:
     parts = [member(1, None, DONE), member(2, 1, FAILED), member(3, 1, DONE), member(4, 1, BLOCKED)]
-    stuck = whole.held(parts, [(4, 2), (4, 99)])
+    stuck = whole.held(parts, [(4, 2, FAILED), (4, 99, RUNNING)])
     assert stuck == {4}
     assert told(*parts, stuck=frozenset(stuck))["state"] == FAILED
     assert told(*parts)["state"] == RUNNING
     assert whole.open_jobs(parts, stuck) == []
 
 
-def test_what_waits_for_a_held_job_is_held_and_what_waits_for_others_is_not() -> None:
+def test_what_waits_for_a_held_job_is_held_too() -> None:
     parts = [member(1, None, FAILED), *(member(n, 1, BLOCKED) for n in (2, 3, 4))]
-    assert whole.held(parts, [(2, 1), (3, 2), (4, 99)]) == {2, 3}
+    needs = [(2, 1, FAILED), (3, 2, BLOCKED), (4, 99, QUEUED)]
+    assert whole.held(parts, needs) == {2, 3}
+    assert whole.held(parts, [(4, 99, CANCELLED)]) == {4}, "one that is elsewhere"
+
+
+def test_a_job_that_waits_for_one_that_has_failed_is_all_that_it_will_be() -> None:
+    assert told(member(1, None, BLOCKED), stuck=frozenset({1}))["state"] == BLOCKED
 
 
 # Progress

@@ -369,6 +369,16 @@ MEMBERS_OF = Sql(lambda dialect: below(dialect, MEMBER, big("most")))
 
 
 NEEDS_OF = Sql(needs_of)
+
+
+def awaited_by(dialect: str) -> ClauseElement:
+    """What these jobs wait for, with its state."""
+    r = over_ids(dialect)
+    chosen = sa.select(edge.c.job, edge.c.needs, job.c.state)
+    return chosen.where(edge.c.job == r.c.id, job.c.id == edge.c.needs)
+
+
+AWAITED_BY = Sql(awaited_by)
 DEPENDENTS_OF = Sql(dependents_of)
 LOWER_WAITS = Sql(lower_waits)
 WAITS_OF = Sql(waits_of)

@@ -19,7 +19,7 @@ from upq.limits import is_paced, kept_text
 from upq.record import LOCKED
 from upq.secret import mask, scrub, secret_texts
 from upq.sql import Sql
-from upq.statements import AGAIN, CHUNK, LINE, MEMBER, MEMBERS_OF, NEEDS_OF, RATE
+from upq.statements import AGAIN, AWAITED_BY, CHUNK, LINE, MEMBER, MEMBERS_OF, RATE
 from upq.vault import NoKey, Vault
 from upq.whole import Member
 
@@ -394,9 +394,9 @@ class Views:
             found = found + level
         return found[:most], len(found) > most
 
-    def needs(self, ids: Iterable[int]) -> list[tuple[int, int]]:
-        """What these jobs wait for: each with one that has to be done before."""
-        return [(row[0], row[1]) for row in self._sql(NEEDS_OF, [(id,) for id in ids])]
+    def needs(self, ids: Iterable[int]) -> list[tuple[int, int, str]]:
+        """What these jobs wait for: each with one that has to be done before, and its state."""
+        return [(row[0], row[1], row[2]) for row in self._sql(AWAITED_BY, [(id,) for id in ids])]
 
     def listed(self, ids: Collection[int]) -> dict[int, dict[str, Any]]:
         """These jobs as a list shows them."""

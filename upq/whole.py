@@ -55,20 +55,21 @@ def count_steps(chain: Iterable[Any]) -> int:
     return sum(count_steps(one) if isinstance(one, list | tuple) else 1 for one in chain)
 
 
-def held(members: Sequence[Member], needs: Iterable[tuple[int, int]]) -> set[int]:
-    """Blocked jobs that wait for members that have ended badly, or for others of their kind.
+def held(members: Sequence[Member], needs: Iterable[tuple[int, int, str]]) -> set[int]:
+    """Blocked jobs that wait for what has ended badly, or for others of their kind.
 
-    needs: of these jobs each with one that has to be done before.
+    needs: of these jobs each with one that has to be done before, and its state.
     """
-    stuck = {one.id for one in members if one.state in BAD}
     waiting: dict[int, list[int]] = {}
-    for id, other in needs:
+    latest = {one.id for one in members if one.state in BAD}
+    for id, other, state in needs:
         waiting.setdefault(other, []).append(id)
-    latest, found = list(stuck), set[int]()
+        if state in BAD:
+            latest.add(other)
+    found = set[int]()
     while latest:
-        new = {id for other in latest for id in waiting.get(other, ())} - found
-        found |= new
-        latest = list(new)
+        latest = {id for other in latest for id in waiting.get(other, ())} - found
+        found |= latest
     return found & {one.id for one in members if one.state == BLOCKED}
 
 
