@@ -38,9 +38,9 @@ class Overview:
         """
         members, more = self._views.members(id, COUNTED)
         picked = whole.picked(members, SHOWN)
-        jobs = self._views.listed([one.id for one, _ in picked])
-        log, cut = self._views.timeline([id, *jobs], LOGGED)
-        types = {one.id: one.type for one in members}
+        jobs = self._views.listed([id, *(one.id for one, _ in picked)])
+        log, cut = self._views.timeline(list(jobs), LOGGED)
+        types = {one: job["type"] for one, job in jobs.items()}
         return {
             "tree": [
                 {"depth": depth, **_shown(jobs[one.id])} for one, depth in picked if one.id in jobs

@@ -216,11 +216,13 @@ def below(dialect: str, columns: Sequence[Any], most: Any) -> ClauseElement:
     r = over_ids(dialect)
     # An expression, or all jobs would be gone through in the order of their ids.
     n = (job.c.id + 0).label("n")
-    children = sa.select(*columns).where(job.c.parent == r.c.id, n > big("above"))
+    children = sa.select(*columns).where(n > big("above"))
     if dialect != "postgresql":
-        return children.order_by(n).limit(most)
-    # Parent by parent: else it joins with the whole table.
-    each = children.add_columns(n).order_by(n).limit(most).lateral()
+        return children.where(job.c.parent == r.c.id).order_by(n).limit(most)
+    # Parent by parent, or it joins with the whole table. That few have the same parent it believes
+    # of a range, not of a value that it has counted.
+    of_one = children.where(job.c.parent.between(r.c.id, r.c.id)).add_columns(n)
+    each = of_one.order_by(n).limit(most).lateral()
     chosen = sa.select(*list(each.c)[:-1]).select_from(r.join(each, sa.true()))
     return chosen.order_by(each.c.n).limit(most)
 
@@ -352,17 +354,31 @@ STATES_OF = Sql(states_of)
 CANCELLED_OF = Sql(cancelled_of)
 MARKS_OF = Sql(marks_of)
 CHILDREN_OF = Sql(lambda dialect: below(dialect, [job.c.id], CHUNK))
-#: What is read of each job of a tree.
+#: What is read of each job of a tree; of one that is done, little is asked, and they are many.
 MEMBER = (
-    job.c.id, job.c.parent, job.c.type, job.c.state, job.c.child_key, job.c.created_at,
-    job.c.started_at, job.c.ended_at,
-    sa.case((job.c.state == RUNNING, job.c.progress)).label("progress"),
-    sa.case((job.c.state != DONE, job.c.options)).label("options"),
-)  # fmt: skip
+    job.c.id,
+    job.c.parent,
+    job.c.state,
+    job.c.ended_at,
+    *(
+        sa.case((job.c.state != DONE, column)).label(column.name)
+        for column in (job.c.type, job.c.child_key, job.c.started_at, job.c.progress, job.c.options)
+    ),
+)
 MEMBERS_OF = Sql(lambda dialect: below(dialect, MEMBER, big("most")))
 
 
 NEEDS_OF = Sql(needs_of)
+
+
+def awaited_by(dialect: str) -> ClauseElement:
+    """What these jobs wait for, with its state."""
+    r = over_ids(dialect)
+    chosen = sa.select(edge.c.job, edge.c.needs, job.c.state)
+    return chosen.where(edge.c.job == r.c.id, job.c.id == edge.c.needs)
+
+
+AWAITED_BY = Sql(awaited_by)
 DEPENDENTS_OF = Sql(dependents_of)
 LOWER_WAITS = Sql(lower_waits)
 WAITS_OF = Sql(waits_of)

@@ -5,7 +5,6 @@ Times leave as ISO 8601 text in UTC. Any thread may ask; all raise Unavailable.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,9 +20,9 @@ from upq.members import kept_batch
 from upq.record import LOCKED
 from upq.secret import mask, scrub, secret_texts
 from upq.sql import Sql
-from upq.statements import AGAIN, CHUNK, LINE, MEMBER, MEMBERS_OF, NEEDS_OF, RATE
+from upq.statements import AGAIN, AWAITED_BY, CHUNK, LINE, MEMBER, MEMBERS_OF, RATE
 from upq.vault import NoKey, Vault
-from upq.whole import Member, count_steps
+from upq.whole import Member
 
 job, event, output, tally, edge, node = (
     schema.job, schema.event, schema.output, schema.tally, schema.edge, schema.node,
@@ -388,17 +387,17 @@ class Views:
         root = self._rows(sa.select(*MEMBER).where(job.c.id == id))
         if not root:
             raise NotFound(f"no job {id}")
-        found = level = [_member(*root[0])]
+        found = level = [Member._make(root[0])]
         while level and len(found) <= most:
             ids = [(one.id,) for one in level]
             rows = self._sql(MEMBERS_OF, ids, above=0, most=most + 1 - len(found))
-            level = [_member(*row) for row in rows]
+            level = list(map(Member._make, rows))
             found = found + level
         return found[:most], len(found) > most
 
-    def needs(self, ids: Iterable[int]) -> list[tuple[int, int]]:
-        """What these jobs wait for: each with one that has to be done before."""
-        return [(row[0], row[1]) for row in self._sql(NEEDS_OF, [(id,) for id in ids])]
+    def needs(self, ids: Iterable[int]) -> list[tuple[int, int, str]]:
+        """What these jobs wait for: each with one that has to be done before, and its state."""
+        return [(row[0], row[1], row[2]) for row in self._sql(AWAITED_BY, [(id,) for id in ids])]
 
     def listed(self, ids: Collection[int]) -> dict[int, dict[str, Any]]:
         """These jobs as a list shows them."""
@@ -652,7 +651,7 @@ class Views:
         """What a statement over `rows()` finds."""
         text, given = sql.filled(self._database.dialect, values, params)
         with self._database.read() as connection:
-            return list(connection.exec_driver_sql(text, given))
+            return list(connection.exec_driver_sql(text, given).fetchall())
 
     def _mappings(self, query: sa.Select[Any]) -> list[Any]:
         with self._database.read() as connection:
@@ -671,28 +670,6 @@ def _change(row: Mapping[str, Any], hidden: Sequence[str]) -> dict[str, Any]:
         "node": row["node"],
         "who": row["who"],
     }
-
-
-def _member(  # noqa: PLR0917, a row of MEMBER
-    id: int,
-    parent: int | None,
-    type: str,
-    state: str,
-    child_key: str | None,
-    created_at: int,
-    started_at: int | None,
-    ended_at: int | None,
-    progress: str | None,
-    options: str | None,
-) -> Member:
-    part, steps = 0.0, None
-    if progress:
-        said = json.loads(progress)
-        part = min(max(said["done"] / said["total"], 0.0), 1.0) if said.get("total") else 0.0
-    if options and '"chain"' in options:
-        steps = count_steps(json.loads(options).get("chain", ()))
-    return Member(id, parent, type, state, child_key is not None, created_at, started_at, ended_at,
-                  part, steps)  # fmt: skip
 
 
 def _fits(wanted: Filter, row: Any) -> bool:

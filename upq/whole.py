@@ -7,32 +7,47 @@ has seen it and has coped.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from upq import when
-from upq.job import BLOCKED, CANCELLED, DONE, FAILED, FINAL, RUNNING
+from upq.job import BLOCKED, CANCELLED, DONE, EXPIRED, FAILED, FINAL, RUNNING
 
 BAD = FINAL - {DONE}
 
 
 class Member(NamedTuple):
-    """What is known of one job of a tree; the first of several is the root."""
+    """What is known of one job of a tree; the first of several is the root.
+
+    What comes after `ended_at` is asked of jobs that are not done.
+    """
 
     id: int
     parent: int | None
-    type: str
     state: str
-    #: The job above has queued it itself, and asks for it again when it runs again.
-    is_child: bool
-    created_at: int
-    started_at: int | None
     ended_at: int | None
-    #: How far a running job says it is, from 0 to 1.
-    part: float = 0.0
-    #: Steps that are to follow it; None for those of its type.
-    steps: int | None = None
+    type: str | None = None
+    #: Not None: the job above has queued it itself, and asks for it again when it runs again.
+    child_key: str | None = None
+    started_at: int | None = None
+    #: As JSON: how far it has said it is.
+    progress: str | None = None
+    #: As JSON: what it was asked for beside its params.
+    options: str | None = None
+
+    @property
+    def part(self) -> float:
+        """How much of it is done, from 0 to 1."""
+        said = json.loads(self.progress) if self.progress and self.state == RUNNING else {}
+        return min(max(said["done"] / said["total"], 0.0), 1.0) if said.get("total") else 0.0
+
+    def steps(self, of_type: Callable[[str], int]) -> int:
+        """How many jobs are to follow it. of_type: the same for a type that is not told more."""
+        if self.options and '"chain"' in self.options:
+            return count_steps(json.loads(self.options).get("chain", ()))
+        return of_type(self.type) if self.type else 0
 
 
 def count_steps(chain: Iterable[Any]) -> int:
@@ -40,20 +55,21 @@ def count_steps(chain: Iterable[Any]) -> int:
     return sum(count_steps(one) if isinstance(one, list | tuple) else 1 for one in chain)
 
 
-def held(members: Sequence[Member], needs: Iterable[tuple[int, int]]) -> set[int]:
-    """Blocked jobs that wait for members that have ended badly, or for others of their kind.
+def held(members: Sequence[Member], needs: Iterable[tuple[int, int, str]]) -> set[int]:
+    """Blocked jobs that wait for what has ended badly, or for others of their kind.
 
-    needs: of these jobs each with one that has to be done before.
+    needs: of these jobs each with one that has to be done before, and its state.
     """
-    stuck = {one.id for one in members if one.state in BAD}
     waiting: dict[int, list[int]] = {}
-    for id, other in needs:
+    latest = {one.id for one in members if one.state in BAD}
+    for id, other, state in needs:
         waiting.setdefault(other, []).append(id)
-    latest, found = list(stuck), set[int]()
+        if state in BAD:
+            latest.add(other)
+    found = set[int]()
     while latest:
-        new = {id for other in latest for id in waiting.get(other, ())} - found
-        found |= new
-        latest = list(new)
+        latest = {id for other in latest for id in waiting.get(other, ())} - found
+        found |= latest
     return found & {one.id for one in members if one.state == BLOCKED}
 
 
@@ -76,7 +92,7 @@ def told(
         if one.state == DONE or (one.state in BAD and not counts(one, by_id)):
             done += 1
         else:
-            total += steps(one.type) if one.steps is None else one.steps
+            total += one.steps(steps)
             done += one.part
     return {
         "state": _state(members, open_, stuck, by_id),
@@ -141,10 +157,9 @@ def again(members: Sequence[Member]) -> list[int]:
 def _comes_back(one: Member, above: Member) -> bool:
     if above.state == DONE:
         return later(one.ended_at, above.ended_at)
-    if one.is_child or (above.state in BAD and later(one.created_at, above.ended_at)):
-        # It is asked for again, or it was brought about by an end that is no more.
-        return False
-    return later(one.ended_at, above.started_at)
+    # A child is asked for again. What is no child was there before the job above ever ran, and is
+    # what that waits for; or its bad end has brought it about, and the next one will do so again.
+    return one.child_key is None and above.started_at is None and above.state != EXPIRED
 
 
 # What is shown
