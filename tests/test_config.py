@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.jobkit import SHARED
 from upq import config
 from upq.config import JobSettings, Settings
 from upq.errors import ConfigError
@@ -76,7 +77,7 @@ def test_an_empty_file_is_a_configuration(load: Callable[..., Settings], tmp_pat
 def test_the_shipped_file_names_every_shipped_job_and_no_other() -> None:
     settings = config.load(ROOT / "upq.cfg", {})
     assert settings.warnings == ()
-    shipped = {path.stem for path in (ROOT / "jobs").glob("*.py")} - {"catalogue", "web"}
+    shipped = {path.stem for path in (ROOT / "jobs").glob("*.py")} - SHARED
     assert set(settings.jobs) == shipped | {"sha256"}
     assert settings.jobs["sha256"].command == ("sha256sum", "{path}")
     assert settings.logging.logfile == str(ROOT / "var/upq.log")

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, text
 
-from tests.jobkit import JOBS_DIR, Jobs, perform
+from tests.jobkit import JOBS_DIR, SHARED, Jobs, perform
 from upq.db import Database
 from upq.errors import Disabled
 from upq.plugins import Loader
@@ -87,7 +87,7 @@ def test_tables_make_themselves_however_many_come_first(any_jobs: Jobs, tmp_path
     others = [Database(url, jobs_file=tmp_path / "jobs.db") for _ in range(4)]
     catalogue(any_jobs).find("/x")
     with any_jobs.desk.db.begin() as connection:
-        for name in ("mirror_file", "mirror", "file_hash", "file"):
+        for name in ("file_leftover", "mirror_file", "mirror", "file_hash", "file"):
             connection.execute(text(f"DROP TABLE upq_{name}"))
     start = threading.Barrier(8)
     failures: list[BaseException] = []
@@ -578,6 +578,16 @@ def test_download_of_a_server_that_is_down_is_tried_again(jobs: Jobs, tmp_path: 
     assert "Connection refused" in ended.message
 
 
+def test_how_long_a_server_may_take_is_not_how_long_the_job_may(jobs: Jobs, copy: int) -> None:
+    for name, params in (
+        ("download", {"url": "http://host/x"}),
+        ("verify_remote_file", {"mfid": copy}),
+    ):
+        job = jobs.make(name, params, path="/files", http_timeout="7s")
+        assert job.check()
+        assert job.timeout_s == 0
+
+
 def test_download_follows_no_redirect_out_of_the_web(download: Download, web: Web) -> None:
     web.status, web.more_headers = 302, {"Location": "file:///etc/passwd"}
     assert download().state in ("abort", "retry")
@@ -737,6 +747,23 @@ def test_a_lost_copy_is_missing(jobs: Jobs, web: Web, copy: int) -> None:
     assert status(jobs, copy) == "missing"
 
 
+def test_all_copies_of_a_file_are_verified_side_by_side(jobs: Jobs, copy: int) -> None:
+    """One by a job of its own kind each, where there are several."""
+    assert jobs.run("verify_remote_file", {"fid": 1}).result["mfid"] == copy
+    ours = catalogue(jobs)
+    other = ours.add_mirror_file(ours.add_mirror("other", "http://other.example"), 1, "x")
+    nowhere = ours.add_mirror_file(ours.add_mirror("ftp only", ""), 1, "x")
+    job = jobs.make("verify_remote_file", {"fid": 1}, 1)
+    assert job.check()
+    assert job.mfids == [copy, other]
+    assert jobs.submit("verify_remote_file", {"mfid": nowhere}) == (
+        "Mirror ftp only has no web address."
+    )
+    assert jobs.submit("verify_remote_file", {"fid": 2}) == (
+        "No active mirror has a copy of file (2)."
+    )
+
+
 def test_a_mirror_in_trouble_says_nothing_about_its_copies(jobs: Jobs, web: Web, copy: int) -> None:
     web.cut_after = 1_000
     assert jobs.run("verify_remote_file", {"mfid": copy}).state == "retry"
@@ -846,7 +873,7 @@ def test_list_queue_says_what_is_wrong_with_its_settings(
 
 
 def test_every_job_in_the_folder_has_its_class(jobs: Jobs) -> None:
-    names = {path.stem for path in JOBS_DIR.glob("*.py")} - {"catalogue", "web"}
+    names = {path.stem for path in JOBS_DIR.glob("*.py")} - SHARED
     for name in names:
         assert jobs.loader.load(name).__name__ == name.capitalize()
     assert names >= {"new_file", "hash", "verify_local_file", "reverify", "download", "notify"}
