@@ -87,7 +87,7 @@ class Archive_file(MovingJob):
         else:
             path = str(self.archive())
             self.hand_on(path)
-        self.result = {"fid": self.jobdata.get("fid"), "file": path, "size": os.stat(path).st_size}
+        self.result = {"file": path, "size": os.stat(path).st_size}
         return True
 
     def hand_on(self, path: str) -> None:

@@ -352,7 +352,7 @@ def test_a_file_is_compressed_and_the_catalogue_knows(
     path = Path(f"{file}{suffix}")
     assert ended.state == "done"
     assert ended.message == f"{path} {path.stat().st_size} bytes, from {len(BODY)}"
-    assert ended.result == {"fid": 1, "file": str(path), "size": path.stat().st_size}
+    assert ended.result == {"file": str(path), "size": path.stat().st_size}
     assert ended.data == {"fid": 1, "file": str(path)}
     assert left(files) == [NAME + suffix]
     with opener(path) as archive:

@@ -166,6 +166,49 @@ def test_what_was_not_checked_for_longest_comes_first(any_jobs: Jobs, tmp_path: 
     assert ours.unchecked(1000, 2) == remote + local[:1]
 
 
+def test_a_mirror_has_one_row_and_one_of_each_copy_whoever_comes_first(
+    any_jobs: Jobs, file: Path
+) -> None:
+    fid, ours = register(any_jobs, file), catalogue(any_jobs)
+    start = threading.Barrier(6)
+    found: list[tuple[int, int]] = []
+
+    def first_use() -> None:
+        start.wait()
+        mid = ours.mirror("eu", "http://eu.example").mid
+        found.append((mid, ours.keep_copy(mid, fid, "maps/a")))
+
+    threads = [threading.Thread(target=first_use) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 6
+    assert len(set(found)) == 1
+    mid = found[0][0]
+    assert ours.mirror("eu", "").url == "http://eu.example"  # nothing said, nothing changed
+    assert ours.mirror("eu", "http://other.example").url == "http://other.example"
+    assert (ours.at_path(mid, "maps/a"), ours.at_path(mid, "maps/A")) == (fid, None)
+    assert [copy.path for copy in ours.copies(fid)] == ["maps/a"]
+
+
+def test_a_file_that_moves_leaves_its_old_place_to_be_removed(any_jobs: Jobs, file: Path) -> None:
+    fid, ours = register(any_jobs, file), catalogue(any_jobs)
+    mfid = ours.keep_copy(ours.mirror("eu", "http://eu.example").mid, fid, "a")
+    row, state = ours.file(fid), {"size": 1, "mtime": 2}
+    was = {"size": row.size, "mtime": row.mtime}
+    assert ours.move(row, "/new", was, state, digests(b"x")) is True
+    assert ours.move(row, "/other", was, state) is False  # it is not where it was any more
+    moved, left = ours.file(fid), ours.leftover(fid)
+    assert (moved.path, moved.size, moved.mtime) == ("/new", 1, 2)
+    assert (ours.find("/new").fid, ours.find(str(file))) == (fid, None)
+    assert (left.path, left.size, left.mtime) == (str(file), row.size, row.mtime)
+    assert ours.hashes(fid) == digests(b"x")
+    assert ours.mirror_file(mfid).status == "outdated"
+    ours.nothing_is_left(fid)
+    assert ours.leftover(fid) is None
+
+
 # new_file
 
 

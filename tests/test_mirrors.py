@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import pwd
+import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,8 +17,11 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
+from tests.conftest import unavailable
+from tests.daemons import until
 from tests.ftpd import PASSWORD, USER, FtpServer, make_certificate
 from tests.jobkit import Ended, Jobs, perform
+from tests.servers import Missing, program
 from upq.db import Database
 
 BODY = os.urandom(3_000_000)
@@ -439,6 +445,63 @@ def test_data_never_goes_in_the_clear_where_tls_is_asked_for(
     ended = jobs.run("upload", {"fid": 1}, **at(ftps, file, eu_tls=f"verify {certificate}"))
     assert ended.state == "abort"
     assert ftps.did("STOR") == 0
+
+
+@pytest.fixture
+def vsftpd(mirror: Path, certificate: Path, tmp_path: Path) -> Iterator[int]:
+    """The port of a server of the kind that many mirrors have, strict as it comes."""
+    try:
+        server = program("vsftpd", "vsftpd")
+    except Missing as missing:
+        unavailable(str(missing))
+    (mirror / "pub").mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = int(free.getsockname()[1])
+    me = pwd.getpwuid(os.getuid()).pw_name
+    settings = tmp_path / "vsftpd.conf"
+    settings.write_text(
+        "listen=YES\nlisten_address=127.0.0.1\nbackground=NO\nrun_as_launching_user=YES\n"
+        "anonymous_enable=YES\nwrite_enable=YES\nanon_upload_enable=YES\nanon_umask=022\n"
+        "anon_mkdir_write_enable=YES\nanon_other_write_enable=YES\nseccomp_sandbox=NO\n"
+        "ssl_enable=YES\nallow_anon_ssl=YES\nrequire_ssl_reuse=YES\nssl_ciphers=HIGH\n"
+        f"listen_port={port}\nanon_root={mirror}\nrsa_cert_file={certificate}\n"
+        f"ftp_username={me}\nnopriv_user={me}\n"
+    )
+
+    def listens() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    with subprocess.Popen([server, settings]) as process:
+        until(listens)
+        yield port
+        process.terminate()
+
+
+def test_data_comes_in_the_tls_session_that_has_logged_in(
+    jobs: Jobs, vsftpd: int, file: Path, mirror: Path, certificate: Path
+) -> None:
+    cfg = {
+        "mirrors": "eu",
+        "eu_url": f"ftp://127.0.0.1:{vsftpd}/pub",
+        "files": str(file.parents[1]),
+        "tls": f"verify {certificate}",
+        "verify": "content",
+    }
+    job = jobs.make("upload", {"fid": 1}, 7, **cfg)
+
+    def stop(done: float, *_: object) -> None:
+        if done > 2_000_000:
+            job.interrupted = True
+            job.cancel_event.set()
+
+    job.progress = stop
+    assert perform(job).state == "abort"
+    (part,) = parts(mirror)
+    assert part.stat().st_size >= 2_000_000
+    ended = jobs.run("upload", {"fid": 1}, 7, **cfg)
+    assert (ended.state, ended.message) == ("done", f"eu has {NAME}, 3000000 bytes")
+    assert has_all(mirror / "pub")
 
 
 # Cancelled
