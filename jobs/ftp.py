@@ -27,8 +27,8 @@ BLOCK_BYTES = 1 << 16
 SEAM_BYTES = 1 << 20
 #: Seconds between two looks whether the job is cancelled, and those that it then has to say so.
 LOOK_S, GRACE_S = 0.25, 1.0
-#: Servers also say this with a code that means "for ever".
-FULL = re.compile(r"too many|maximum|max(imal)? number", re.IGNORECASE)
+#: What some servers say to a login that may work later, with a code that means "for ever".
+FULL = re.compile(r"530.*(too many|maximum)", re.IGNORECASE | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class Line(ftplib.FTP_TLS):
 
     def enter(self, folder: PurePosixPath) -> None:
         """Go into a folder below this one; what is missing of it is made."""
-        for name in folder.parts:
+        for name in map(literal, folder.parts):
             try:
                 self.cwd(name)
             except ftplib.error_perm:
@@ -205,6 +205,7 @@ class Line(ftplib.FTP_TLS):
 
     def replace(self, old: str, name: str) -> None:
         """Rename a file, over another one where there is one."""
+        name = literal(name)
         try:
             self.rename(old, name)
         except ftplib.error_perm:
@@ -213,6 +214,11 @@ class Line(ftplib.FTP_TLS):
             # Some servers rename nothing over a file.
             self.delete(name)
             self.rename(old, name)
+
+
+def literal(name: str) -> str:
+    """A name in which no server finds somebody's home or an option."""
+    return f"./{name}" if name.startswith(("~", "-")) else name
 
 
 @contextlib.contextmanager
@@ -255,10 +261,8 @@ def ended_by(cancelled: threading.Event, line: Line) -> Iterator[None]:
 
     def watch() -> None:
         while not over.wait(LOOK_S):
-            if cancelled.is_set():
-                if not over.wait(GRACE_S):
-                    line.hang_up()
-                return
+            if cancelled.is_set() and not over.wait(GRACE_S):
+                line.hang_up()
 
     watcher = threading.Thread(target=watch, name=f"ftp {line.host}", daemon=True)
     watcher.start()
@@ -276,6 +280,6 @@ def judged(mirror: Mirror, error: Exception) -> Abort | Retry:
         return Abort(f"{mirror.name}: its certificate is not trusted: {error.verify_message}")
     if isinstance(error, UnicodeError):
         return Abort(f"{mirror.name}: the server does not speak UTF-8")
-    if isinstance(error, ftplib.error_perm) and not FULL.search(text):
+    if isinstance(error, ftplib.error_perm) and not FULL.match(str(error)):
         return Abort(text)
     return Retry(text)

@@ -84,7 +84,8 @@ class Draft:
         fd = self.file.fileno()
         with contextlib.suppress(PermissionError):
             os.fchown(fd, like.st_uid, like.st_gid)
-        os.fchmod(fd, stat.S_IMODE(like.st_mode) & 0o777)
+        with contextlib.suppress(PermissionError):  # a file system without modes
+            os.fchmod(fd, stat.S_IMODE(like.st_mode) & 0o777)
         os.utime(fd, ns=(like.st_atime_ns, like.st_mtime_ns))
         os.fsync(fd)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -37,7 +37,7 @@ class Upload(CatalogueJob):
             mirrors = ftp.mirrors(self.getcfg)
         except ValueError as error:
             return self.refuse(f"[job {self.jobname}] {error}")
-        wanted = self.jobdata.get("mirror", "")
+        wanted = str(self.jobdata.get("mirror") or "")
         if wanted and wanted not in mirrors:
             return self.refuse(f"no mirror {wanted!r} in [job {self.jobname}]")
         off = self.catalogue.mirrors_off()
@@ -61,11 +61,8 @@ class Upload(CatalogueJob):
         return True
 
     def bring_to(self, mirror: ftp.Mirror) -> None:
-        mid, fid, path = (
-            self.catalogue.mirror(mirror.name, mirror.web).mid,
-            self.file.fid,
-            self.remote,
-        )
+        fid, path = self.file.fid, self.remote
+        mid = self.catalogue.mirror(mirror.name, mirror.web).mid
         copies = [copy for copy in self.catalogue.copies(fid) if copy.mid == mid]
         if copies and copies[0].status in ("new", "ok") and copies[0].path == str(path):
             mfid = copies[0].mfid

@@ -178,6 +178,14 @@ def test_what_is_downloaded_comes_to_the_mirror_and_is_verified(world: World) ->
     world.is_right({NAME: newer})
 
 
+def test_a_child_process_brings_it_just_so(world: World) -> None:
+    world.configure(executor="process")
+    world.daemon.restart()
+    body = world.publish("x", 1_000_000)
+    world.until_done(world.download("x"))
+    world.is_right({"x": body})
+
+
 @pytest.mark.parametrize("step", ["download", "upload", "verify_remote_file"])
 def test_a_daemon_that_is_killed_in_the_middle_of_a_step_ends_the_chain(
     world: World, step: str
