@@ -6,17 +6,19 @@ Not a job; jobs that work on files derive from `CatalogueJob`. The tables are in
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 from sqlalchemy import (
     BigInteger,
     Column,
+    Connection,
     Engine,
     ForeignKey,
     Integer,
@@ -25,6 +27,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    UniqueConstraint,
     delete,
     insert,
     or_,
@@ -38,13 +41,15 @@ from upq.when import now
 
 BLOCK_BYTES = 1 << 20
 ALGORITHMS = ("md5", "sha1", "sha256")
+#: What a copy on a mirror is when its file has changed since.
+OUTDATED = "outdated"
 
 meta = MetaData()
 # Only INTEGER is SQLite's own row id.
 Big = BigInteger().with_variant(Integer(), "sqlite")
 
 
-def table(name: str, *columns: Column[Any]) -> Table:
+def table(name: str, *columns: Column[Any] | UniqueConstraint) -> Table:
     return Table(f"upq_{name}", meta, *columns, mysql_engine="InnoDB", mysql_charset="utf8mb4")
 
 
@@ -69,7 +74,8 @@ FILE_HASH = table(
 MIRROR = table(
     "mirror",
     Column("mid", Big, primary_key=True),
-    Column("name", String(255), nullable=False),
+    Column("name", String(255), nullable=False, unique=True),
+    # The web address that its files are found below; "" for none.
     Column("url", Text, nullable=False),
     # "active"; anything else keeps its files from being verified.
     Column("status", String(16), nullable=False, default="active"),
@@ -80,9 +86,18 @@ MIRROR_FILE = table(
     Column("mid", Big, ForeignKey(MIRROR.c.mid, ondelete="CASCADE"), nullable=False),
     Column("fid", Big, ForeignKey(FILE.c.fid, ondelete="CASCADE"), nullable=False),
     Column("path", Text, nullable=False),
-    # "new", then what verify_remote_file found: "ok", "damaged" or "missing".
+    # "new", then what verify_remote_file found: "ok", "damaged" or "missing"; or OUTDATED.
     Column("status", String(16), nullable=False, default="new"),
     Column("lastcheck", BigInteger, nullable=False, default=0, index=True),
+    UniqueConstraint("mid", "fid"),
+)
+# The place that a file had before it was moved, until nothing is left there.
+LEFTOVER = table(
+    "file_leftover",
+    Column("fid", Big, ForeignKey(FILE.c.fid, ondelete="CASCADE"), primary_key=True),
+    Column("path", Text, nullable=False),
+    Column("size", BigInteger, nullable=False),
+    Column("mtime", BigInteger, nullable=False),
 )
 
 
@@ -103,8 +118,7 @@ def sha256_of(path: str) -> str:
     return hashlib.sha256(path.encode()).hexdigest()
 
 
-def state_on_disk(path: str) -> dict[str, int]:
-    info = os.stat(path)
+def state_of(info: os.stat_result) -> dict[str, int]:
     return {"size": info.st_size, "mtime": info.st_mtime_ns // 1000}
 
 
@@ -129,7 +143,7 @@ class Catalogue:
         row = {"path": path, "path_sha256": sha256_of(path), "added_at": now(), "added_by": jobid}
         try:
             with self.engine.begin() as connection:
-                connection.execute(insert(FILE).values(**row, **state_on_disk(path)))
+                connection.execute(insert(FILE).values(**row, **state_of(os.stat(path))))
         except IntegrityError:
             pass
         found = self.find(path)
@@ -137,15 +151,49 @@ class Catalogue:
         return found
 
     def renew(self, file: Row[Any]) -> bool:
-        """Take over size and time from disk; where they changed, the hashes are of the past."""
-        disk = state_on_disk(file.path)
+        """Take over size and time from disk; if they changed, hashes and copies are of the past."""
+        disk = state_of(os.stat(file.path))
         changed = or_(*(FILE.c[name] != value for name, value in disk.items()))
         with self.engine.begin() as connection:
             update_it = update(FILE).where(FILE.c.fid == file.fid, changed).values(**disk)
             if not connection.execute(update_it).rowcount:
                 return False
-            connection.execute(delete(FILE_HASH).where(FILE_HASH.c.fid == file.fid))
+            forget_content(connection, file.fid)
             return True
+
+    def move(
+        self,
+        file: Row[Any],
+        path: str,
+        was: dict[str, int],
+        state: dict[str, int],
+        digests: dict[str, str] | None = None,
+    ) -> bool:
+        """The file is at another path from now on; what is at the old one, `was`, is left over.
+
+        With `digests` it has another content. False when it is not where it was any more.
+        """
+        found = update(FILE).where(
+            FILE.c.fid == file.fid, FILE.c.path_sha256 == sha256_of(file.path)
+        )
+        with self.engine.begin() as connection:
+            there = {"path": path, "path_sha256": sha256_of(path), **state}
+            if not connection.execute(found.values(there)).rowcount:
+                return False
+            left = {"fid": file.fid, "path": file.path, **was}
+            connection.execute(insert(LEFTOVER).values(left))
+            if digests:
+                forget_content(connection, file.fid)
+                connection.execute(insert(FILE_HASH), hash_rows(file.fid, digests))
+            return True
+
+    def leftover(self, fid: int) -> Row[Any] | None:
+        with self.engine.connect() as connection:
+            return connection.execute(select(LEFTOVER).where(LEFTOVER.c.fid == fid)).first()
+
+    def nothing_is_left(self, fid: int) -> None:
+        with self.engine.begin() as connection:
+            connection.execute(delete(LEFTOVER).where(LEFTOVER.c.fid == fid))
 
     def hashes(self, fid: int) -> dict[str, str]:
         wanted = select(FILE_HASH.c["algorithm", "digest"]).where(
@@ -156,10 +204,9 @@ class Catalogue:
 
     def keep_hashes(self, fid: int, digests: dict[str, str]) -> dict[str, str]:
         """Store the digests, unless the file has some; return what is stored."""
-        rows = [{"fid": fid, "algorithm": name, "digest": d} for name, d in digests.items()]
         try:
             with self.engine.begin() as connection:
-                connection.execute(insert(FILE_HASH), rows)
+                connection.execute(insert(FILE_HASH), hash_rows(fid, digests))
         except IntegrityError:
             pass
         return self.hashes(fid)
@@ -179,6 +226,55 @@ class Catalogue:
         with self.engine.begin() as connection:
             added = connection.execute(insert(MIRROR_FILE).values(mid=mid, fid=fid, path=path))
             return int(added.inserted_primary_key[0])
+
+    def mirror(self, name: str, url: str) -> Row[Any]:
+        """The mirror of that name, whoever added it; a web address that is given is its own."""
+        wanted = select(MIRROR).where(MIRROR.c.name == name)
+        with self.engine.begin() as connection:
+            if url:
+                other = MIRROR.c.url != url
+                connection.execute(update(MIRROR).where(MIRROR.c.name == name, other), {"url": url})
+            found = connection.execute(wanted).first()
+        if found is None:
+            with contextlib.suppress(IntegrityError):
+                self.add_mirror(name, url)
+            with self.engine.connect() as connection:
+                found = connection.execute(wanted).one()
+        return found
+
+    def mirrors_off(self) -> set[str]:
+        """The names of mirrors that somebody has taken out of use."""
+        with self.engine.connect() as connection:
+            return set(connection.scalars(select(MIRROR.c.name).where(MIRROR.c.status != "active")))
+
+    def copies(self, fid: int) -> list[Row[Any]]:
+        """The copies of a file on active mirrors, with `name` and `url` of the mirror."""
+        wanted = (
+            select(MIRROR_FILE, MIRROR.c["name", "url"])
+            .join(MIRROR, MIRROR.c.mid == MIRROR_FILE.c.mid)
+            .where(MIRROR_FILE.c.fid == fid, MIRROR.c.status == "active")
+            .order_by(MIRROR_FILE.c.mfid)
+        )
+        with self.engine.connect() as connection:
+            return list(connection.execute(wanted))
+
+    def keep_copy(self, mid: int, fid: int, path: str) -> int:
+        """A copy has come to a mirror, the first or a better one; returns its mfid."""
+        with contextlib.suppress(IntegrityError):
+            return self.add_mirror_file(mid, fid, path)
+        ours = (MIRROR_FILE.c.mid == mid, MIRROR_FILE.c.fid == fid)
+        with self.engine.begin() as connection:
+            fresh = update(MIRROR_FILE).where(*ours)
+            connection.execute(fresh.values(path=path, status="new", lastcheck=0))
+            return int(connection.execute(select(MIRROR_FILE.c.mfid).where(*ours)).scalar_one())
+
+    def at_path(self, mid: int, path: str) -> int | None:
+        """The fid of the file that has this path on a mirror."""
+        wanted = select(MIRROR_FILE.c["fid", "path"]).where(MIRROR_FILE.c.mid == mid)
+        with self.engine.connect() as connection:
+            found = connection.execute(wanted.where(MIRROR_FILE.c.path == path))
+            # MariaDB takes A for a.
+            return next((fid for fid, its in found if its == path), None)
 
     def mirror_file(self, mfid: int) -> Row[Any] | None:
         """The copy with `url`, `name` and `mirror_status` of its mirror and `size` of the file."""
@@ -203,7 +299,12 @@ class Catalogue:
         remote = (
             select(MIRROR_FILE.c["lastcheck", "mfid"])
             .join(MIRROR, MIRROR.c.mid == MIRROR_FILE.c.mid)
-            .where(MIRROR_FILE.c.lastcheck < before, MIRROR.c.status == "active")
+            .where(
+                MIRROR_FILE.c.lastcheck < before,
+                MIRROR_FILE.c.status != OUTDATED,
+                MIRROR.c.status == "active",
+                MIRROR.c.url != "",
+            )
         )
         kinds = (("verify_local_file", "fid", local), ("verify_remote_file", "mfid", remote))
         found = []
@@ -214,8 +315,47 @@ class Catalogue:
         return [(job, {key: number}) for _, number, job, key in sorted(found)[:limit]]
 
 
+def hash_rows(fid: int, digests: dict[str, str]) -> list[dict[str, Any]]:
+    return [{"fid": fid, "algorithm": name, "digest": d} for name, d in digests.items()]
+
+
+def forget_content(connection: Connection, fid: int) -> None:
+    """The file has another content: its hashes and its copies are of the past."""
+    connection.execute(delete(FILE_HASH).where(FILE_HASH.c.fid == fid))
+    copies = update(MIRROR_FILE).where(MIRROR_FILE.c.fid == fid)
+    connection.execute(copies.values(status=OUTDATED))
+
+
 class Readable(Protocol):
     def read1(self, size: int, /) -> bytes: ...
+
+
+class Limited:
+    """Ends after so many bytes, should its source never end."""
+
+    def __init__(self, source: Readable, limit: int) -> None:
+        self.source, self.limit = source, limit
+        self.size = 0
+
+    def read1(self, size: int, /) -> bytes:
+        block = self.source.read1(min(size, self.limit - self.size))
+        self.size += len(block)
+        return block
+
+
+class Hashes:
+    """All that the catalogue keeps of a content, in one pass over it."""
+
+    def __init__(self) -> None:
+        self._each = {name: hashlib.new(name, usedforsecurity=False) for name in ALGORITHMS}
+
+    def update(self, block: bytes) -> None:
+        for each in self._each.values():
+            each.update(block)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        return {name: each.hexdigest() for name, each in self._each.items()}
 
 
 class CatalogueJob(UpqJob):
@@ -271,15 +411,27 @@ class CatalogueJob(UpqJob):
 
     def digests(self, source: Readable, total: int | None) -> dict[str, str]:
         """The hashes of what the source holds, in one pass."""
-        hashes = {name: hashlib.new(name, usedforsecurity=False) for name in ALGORITHMS}
+        hashes = Hashes()
         for block in self.blocks(source, total):
-            for each in hashes.values():
-                each.update(block)
-        return {name: each.hexdigest() for name, each in hashes.items()}
+            hashes.update(block)
+        return hashes.digests
 
     def digests_of(self, path: str) -> dict[str, str]:
         with open(path, "rb") as file:
             return self.digests(file, os.fstat(file.fileno()).st_size)
+
+    def each(self, all_params: Iterable[dict[str, Any]]) -> list[Any]:
+        """Have a job of this type do each, side by side; their results, once all have ended.
+
+        Raises Abort with what those say that are not done.
+        """
+        jobs = [self.enqueue_newjob(self.jobname, params) for params in all_params]
+        for number, job in enumerate(jobs, 1):
+            job.finished.wait()
+            self.progress(number, len(jobs))
+        if bad := [f"{job.jobid} {job.state}: {job.msgstr}" for job in jobs if job.state != "done"]:
+            raise Abort("; ".join(bad))
+        return [job.result for job in jobs]
 
 
 def differing(stored: dict[str, str], found: dict[str, str]) -> str:

@@ -34,7 +34,7 @@ class Download(CatalogueJob):
         if not os.path.isabs(folder):
             return self.refuse(f"[job {self.jobname}] path has to be an absolute path")
         try:
-            self.timeout_s = duration(self.getcfg("http_timeout", "30s"))
+            self.http_timeout_s = duration(self.getcfg("http_timeout", "30s"))
             self.max_bytes = size(self.getcfg("max_size", "10G"))
         except ValueError as error:
             return self.refuse(f"[job {self.jobname}] {error}")
@@ -89,7 +89,9 @@ class Download(CatalogueJob):
         """Fetch what is missing; False when the file on disk is still the server's."""
         headers = self.conditions(part)
         expected = (304, 416) if "Range" in headers else (304,)
-        with web.fetch(self.url, headers, timeout_s=self.timeout_s, expected=expected) as answer:
+        with web.fetch(
+            self.url, headers, timeout_s=self.http_timeout_s, expected=expected
+        ) as answer:
             if answer.code == 304:
                 return False
             if answer.code != 200 and not goes_on(part, answer):

@@ -1,11 +1,14 @@
-"""verify_remote_file mfid:7: compare a copy on a mirror with size and hashes in the catalogue."""
+"""verify_remote_file mfid:7: compare a copy on a mirror with size and hashes in the catalogue.
+
+With fid:50 all copies of a file.
+"""
 
 from __future__ import annotations
 
 from urllib.parse import quote
 
 from upq_jobs import web
-from upq_jobs.catalogue import CatalogueJob, Readable, differing
+from upq_jobs.catalogue import OUTDATED, CatalogueJob, Limited, differing
 
 from upq import Retry
 from upq.when import duration
@@ -13,21 +16,43 @@ from upq.when import duration
 
 class Verify_remote_file(CatalogueJob):
     def check(self) -> bool:
-        if not self.find_number("mfid"):
+        if not self.find_copies():
             return False
-        copy = self.catalogue.mirror_file(self.number)
-        if copy is None:
-            return self.refuse(f"No file on a mirror has mfid {self.number}.")
-        if copy.mirror_status != "active":
-            return self.refuse(f"Mirror {copy.name} is {copy.mirror_status}.")
         try:
-            self.timeout_s = duration(self.getcfg("http_timeout", "30s"))
+            self.http_timeout_s = duration(self.getcfg("http_timeout", "30s"))
         except ValueError as error:
             return self.refuse(f"[job {self.jobname}] {error}")
+        if len(self.mfids) > 1:
+            return True
+        copy = self.catalogue.mirror_file(self.mfids[0])
+        if copy is None:
+            return self.refuse(f"No file on a mirror has mfid {self.mfids[0]}.")
+        if copy.mirror_status != "active":
+            return self.refuse(f"Mirror {copy.name} is {copy.mirror_status}.")
+        if not copy.url:
+            return self.refuse(f"Mirror {copy.name} has no web address.")
+        if copy.status == OUTDATED:
+            return self.refuse(f"Mirror {copy.name} has an older version: upload fid:{copy.fid}")
         self.copy = copy
         return True
 
+    def find_copies(self) -> bool:
+        """Set `self.mfids` to what has to be verified."""
+        if "fid" not in self.jobdata or "mfid" in self.jobdata:
+            self.mfids = [self.number] if self.find_number("mfid") else []
+            return bool(self.mfids)
+        if not self.find_number("fid"):
+            return False
+        self.mfids = [copy.mfid for copy in self.catalogue.copies(self.number) if copy.url]
+        if not self.mfids:
+            return self.refuse(f"No active mirror has a copy of file ({self.number}).")
+        return True
+
     def run(self) -> bool:
+        if len(self.mfids) > 1:
+            self.result = self.each({"mfid": mfid} for mfid in self.mfids)
+            self.msg(f"all {len(self.mfids)} copies are ok")
+            return True
         mfid, fid = self.copy.mfid, self.copy.fid
         url = f"{self.copy.url.rstrip('/')}/{quote(self.copy.path.lstrip('/'))}"
         stored = self.catalogue.hashes(fid)
@@ -42,7 +67,7 @@ class Verify_remote_file(CatalogueJob):
     def compare(self, url: str, stored: dict[str, str]) -> tuple[str, str]:
         """What the copy is, and why. Raises Retry when this cannot be said now."""
         size = self.copy.size
-        with web.fetch(url, timeout_s=self.timeout_s, expected=(404, 410)) as answer:
+        with web.fetch(url, timeout_s=self.http_timeout_s, expected=(404, 410)) as answer:
             if answer.code in (404, 410):
                 return "missing", f"{answer.code} {answer.reason}"
             told = answer.length
@@ -57,16 +82,3 @@ class Verify_remote_file(CatalogueJob):
         if wrong := differing(stored, found):
             return "damaged", f"hashes differ from those in DB: {wrong}"
         return "ok", f"{', '.join(stored)} match those in DB"
-
-
-class Limited:
-    """Ends after so many bytes, should a server never end."""
-
-    def __init__(self, source: Readable, limit: int) -> None:
-        self.source, self.limit = source, limit
-        self.size = 0
-
-    def read1(self, size: int, /) -> bytes:
-        block = self.source.read1(min(size, self.limit - self.size))
-        self.size += len(block)
-        return block

@@ -14,6 +14,8 @@ from upq.errors import Refused
 from upq.plugins import Loader
 
 JOBS_DIR = Path(__file__).parents[1] / "jobs"
+#: Modules there that are no jobs.
+SHARED = {"catalogue", "ftp", "moving", "places", "web"}
 
 
 class FakeDesk:

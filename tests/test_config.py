@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.jobkit import SHARED
 from upq import config
 from upq.config import JobSettings, Settings
 from upq.errors import ConfigError
@@ -76,7 +77,7 @@ def test_an_empty_file_is_a_configuration(load: Callable[..., Settings], tmp_pat
 def test_the_shipped_file_names_every_shipped_job_and_no_other() -> None:
     settings = config.load(ROOT / "upq.cfg", {})
     assert settings.warnings == ()
-    shipped = {path.stem for path in (ROOT / "jobs").glob("*.py")} - {"catalogue", "web"}
+    shipped = {path.stem for path in (ROOT / "jobs").glob("*.py")} - SHARED
     assert set(settings.jobs) == shipped | {"sha256"}
     assert settings.jobs["sha256"].command == ("sha256sum", "{path}")
     assert settings.logging.logfile == str(ROOT / "var/upq.log")
@@ -441,6 +442,39 @@ def test_a_secret_may_stand_in_a_file_of_its_own(
     settings = load("[mail]\npassword_file = secret\n[db]\nurl_file = ${HERE}/url", {"HERE": "."})
     assert settings.mail.password == "hunter2"
     assert settings.db.url == "mysql+pymysql://u:hunter2@h/d"
+
+
+def test_a_job_finds_its_own_secret_from_a_file(
+    load: Callable[..., Settings], write: Callable[..., None]
+) -> None:
+    write("hunter2\n", "secret")
+    settings = load(
+        "[job a]\ncommand = true\n"
+        "eu_password_file = secret\nkey_file = secret\nsecret_file = secret"
+    )
+    assert settings.jobs["a"].variables["eu_password"] == "hunter2"
+    assert settings.jobs["a"].variables["eu_password_file"] == "secret"
+    assert not {"key", "secret"} & settings.jobs["a"].variables.keys()
+    assert settings.jobs["a"].secret == frozenset()
+    assert "hunter2" not in repr(settings.jobs["a"])
+
+
+def test_a_secret_that_stands_in_the_section_wins_over_a_file(
+    load: Callable[..., Settings], write: Callable[..., None]
+) -> None:
+    write("from the file", "secret")
+    own = load("[job a]\ncommand = true\ntoken_file = secret\ntoken = mine").jobs["a"]
+    assert own.variables["token"] == "mine"
+
+
+def test_a_job_may_mean_something_else_by_a_name_that_sounds_so(
+    load: Callable[..., Settings],
+) -> None:
+    settings = load("[job a]\ncommand = true\npassword_file = not/made/yet")
+    assert settings.warnings == (
+        "upq.cfg:3: password_file: not/made/yet: No such file or directory",
+    )
+    assert "password" not in settings.jobs["a"].variables
 
 
 def test_a_secret_file_that_does_not_serve_is_a_fault(

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, text
 
-from tests.jobkit import JOBS_DIR, Jobs, perform
+from tests.jobkit import JOBS_DIR, SHARED, Jobs, perform
 from upq.db import Database
 from upq.errors import Disabled
 from upq.plugins import Loader
@@ -87,7 +87,7 @@ def test_tables_make_themselves_however_many_come_first(any_jobs: Jobs, tmp_path
     others = [Database(url, jobs_file=tmp_path / "jobs.db") for _ in range(4)]
     catalogue(any_jobs).find("/x")
     with any_jobs.desk.db.begin() as connection:
-        for name in ("mirror_file", "mirror", "file_hash", "file"):
+        for name in ("file_leftover", "mirror_file", "mirror", "file_hash", "file"):
             connection.execute(text(f"DROP TABLE upq_{name}"))
     start = threading.Barrier(8)
     failures: list[BaseException] = []
@@ -164,6 +164,49 @@ def test_what_was_not_checked_for_longest_comes_first(any_jobs: Jobs, tmp_path: 
     remote = [("verify_remote_file", {"mfid": mfids[0]})]
     assert ours.unchecked(1000, 10) == remote + local
     assert ours.unchecked(1000, 2) == remote + local[:1]
+
+
+def test_a_mirror_has_one_row_and_one_of_each_copy_whoever_comes_first(
+    any_jobs: Jobs, file: Path
+) -> None:
+    fid, ours = register(any_jobs, file), catalogue(any_jobs)
+    start = threading.Barrier(6)
+    found: list[tuple[int, int]] = []
+
+    def first_use() -> None:
+        start.wait()
+        mid = ours.mirror("eu", "http://eu.example").mid
+        found.append((mid, ours.keep_copy(mid, fid, "maps/a")))
+
+    threads = [threading.Thread(target=first_use) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 6
+    assert len(set(found)) == 1
+    mid = found[0][0]
+    assert ours.mirror("eu", "").url == "http://eu.example"  # nothing said, nothing changed
+    assert ours.mirror("eu", "http://other.example").url == "http://other.example"
+    assert (ours.at_path(mid, "maps/a"), ours.at_path(mid, "maps/A")) == (fid, None)
+    assert [copy.path for copy in ours.copies(fid)] == ["maps/a"]
+
+
+def test_a_file_that_moves_leaves_its_old_place_to_be_removed(any_jobs: Jobs, file: Path) -> None:
+    fid, ours = register(any_jobs, file), catalogue(any_jobs)
+    mfid = ours.keep_copy(ours.mirror("eu", "http://eu.example").mid, fid, "a")
+    row, state = ours.file(fid), {"size": 1, "mtime": 2}
+    was = {"size": row.size, "mtime": row.mtime}
+    assert ours.move(row, "/new", was, state, digests(b"x")) is True
+    assert ours.move(row, "/other", was, state) is False  # it is not where it was any more
+    moved, left = ours.file(fid), ours.leftover(fid)
+    assert (moved.path, moved.size, moved.mtime) == ("/new", 1, 2)
+    assert (ours.find("/new").fid, ours.find(str(file))) == (fid, None)
+    assert (left.path, left.size, left.mtime) == (str(file), row.size, row.mtime)
+    assert ours.hashes(fid) == digests(b"x")
+    assert ours.mirror_file(mfid).status == "outdated"
+    ours.nothing_is_left(fid)
+    assert ours.leftover(fid) is None
 
 
 # new_file
@@ -578,6 +621,16 @@ def test_download_of_a_server_that_is_down_is_tried_again(jobs: Jobs, tmp_path: 
     assert "Connection refused" in ended.message
 
 
+def test_how_long_a_server_may_take_is_not_how_long_the_job_may(jobs: Jobs, copy: int) -> None:
+    for name, params in (
+        ("download", {"url": "http://host/x"}),
+        ("verify_remote_file", {"mfid": copy}),
+    ):
+        job = jobs.make(name, params, path="/files", http_timeout="7s")
+        assert job.check()
+        assert job.timeout_s == 0
+
+
 def test_download_follows_no_redirect_out_of_the_web(download: Download, web: Web) -> None:
     web.status, web.more_headers = 302, {"Location": "file:///etc/passwd"}
     assert download().state in ("abort", "retry")
@@ -737,6 +790,23 @@ def test_a_lost_copy_is_missing(jobs: Jobs, web: Web, copy: int) -> None:
     assert status(jobs, copy) == "missing"
 
 
+def test_all_copies_of_a_file_are_verified_side_by_side(jobs: Jobs, copy: int) -> None:
+    """One by a job of its own kind each, where there are several."""
+    assert jobs.run("verify_remote_file", {"fid": 1}).result["mfid"] == copy
+    ours = catalogue(jobs)
+    other = ours.add_mirror_file(ours.add_mirror("other", "http://other.example"), 1, "x")
+    nowhere = ours.add_mirror_file(ours.add_mirror("ftp only", ""), 1, "x")
+    job = jobs.make("verify_remote_file", {"fid": 1}, 1)
+    assert job.check()
+    assert job.mfids == [copy, other]
+    assert jobs.submit("verify_remote_file", {"mfid": nowhere}) == (
+        "Mirror ftp only has no web address."
+    )
+    assert jobs.submit("verify_remote_file", {"fid": 2}) == (
+        "No active mirror has a copy of file (2)."
+    )
+
+
 def test_a_mirror_in_trouble_says_nothing_about_its_copies(jobs: Jobs, web: Web, copy: int) -> None:
     web.cut_after = 1_000
     assert jobs.run("verify_remote_file", {"mfid": copy}).state == "retry"
@@ -846,7 +916,7 @@ def test_list_queue_says_what_is_wrong_with_its_settings(
 
 
 def test_every_job_in_the_folder_has_its_class(jobs: Jobs) -> None:
-    names = {path.stem for path in JOBS_DIR.glob("*.py")} - {"catalogue", "web"}
+    names = {path.stem for path in JOBS_DIR.glob("*.py")} - SHARED
     for name in names:
         assert jobs.loader.load(name).__name__ == name.capitalize()
     assert names >= {"new_file", "hash", "verify_local_file", "reverify", "download", "notify"}

@@ -19,6 +19,7 @@ pgrep procps
 php php-cli
 rsyslogd rsyslog
 strace strace
+vsftpd vsftpd
 LIST
 [ "$missing" ] || exit 0
 

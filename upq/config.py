@@ -24,7 +24,7 @@ from upq import when, workflow
 from upq.access import unknown_principals
 from upq.errors import ConfigError, RequestError
 from upq.gates import Free, Gate, Load, Window
-from upq.ini import Ini, Item, Place
+from upq.ini import Ini, Item, Place, Section
 from upq.job import REPLACE, WHEN_BUSY
 from upq.kinds import (
     ALLOWED,
@@ -678,6 +678,9 @@ FIXED = {
     "node": ("name",),
 }
 
+#: Settings of jobs' own that name a file with a secret in it.
+OWN_SECRET_FILE = re.compile(r"(passw|secret|token|credential)[^_]*_file$")
+
 #: Bytes that the kernel allows the path of a UNIX socket.
 SOCKET_LIMIT_BYTES = 107
 
@@ -756,6 +759,7 @@ def _job(name: str, modules: set[str], ini: Ini) -> JobSettings:
         ini.fault(section.place, f"{name} is a verb of the protocol and cannot be a job type")
     elif not re.fullmatch("[a-z][a-z0-9_]{0,63}", name):
         ini.fault(section.place, f"job type {shown(name)} is not a-z, then a-z, 0-9 and _")
+    _read_own_secrets(section, ini)
     job = _fill(
         JobSettings,
         section.name,
@@ -772,6 +776,23 @@ def _job(name: str, modules: set[str], ini: Ini) -> JobSettings:
         ini.fault(ini.place(section.name, "executor"), "executor: a command is a process anyway")
     _check_telling(job, ini)
     return _with_params(_with_retries(job, ini), ini)
+
+
+def _read_own_secrets(section: Section, ini: Ini) -> None:
+    """`eu_password` from the file that `eu_password_file` names, where a job has such settings.
+
+    What such a name means is up to the job: a file that cannot be read is no fault.
+    """
+    for key in filter(OWN_SECRET_FILE.search, list(section.items)):
+        name, pointer = key.removesuffix("_file"), section.items[key]
+        if name in section.items or name in declared(JobSettings):
+            continue
+        try:
+            text = Path(ini.folder, pointer.text).read_text("utf-8").strip()
+            section.items[name] = Item(text, pointer.place)
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else "is not UTF-8"
+            ini.warn(pointer.place, f"{key}: {pointer.text}: {why}")
 
 
 def _check_telling(job: JobSettings, ini: Ini) -> None:
@@ -1221,7 +1242,8 @@ with file and line; `upq.py --settings` prints all settings, one a line.
 * `${NAME}` in a value is the environment's NAME; write `$${NAME}` for the text itself.
   A variable `UPQ_DB__URL` or `UPQ_JOB_HASH__CONCURRENT` wins over the file.
 * `password_file`, `url_file`, `secret_file` of `[webhook]`, `notify_fail_file` and
-  `notify_success_file` name a file that holds the secret.
+  `notify_success_file` name a file that holds the secret. So do settings of a job's own: with
+  `eu_password_file` it finds what the file holds as `eu_password`.
 * Durations: `30s`, `10m`, `1h30m`, `2d`, `1w`; a plain number is seconds. Sizes: `512K`, `20M`.
 """
 
