@@ -23,6 +23,8 @@ WORK = """
 def run(self):
     if self.jobdata.get("bad"):
         return False
+    if self.jobdata.get("once"):
+        return (FOLDER / "mended").exists()
     if gate_ := self.jobdata.get("gate"):
         gate(gate_)
     note("work", self.jobdata.get("n", ""))
@@ -156,6 +158,27 @@ def test_a_member_that_failed_is_named_and_its_retry_lets_the_batch_go_on(daemon
     assert daemon.job(id)["state"] == "cancelled"
 
 
+@pytest.mark.parametrize("when", ["done", "ended"])
+def test_a_batch_is_cancelled_and_retried_as_a_whole(daemon: Daemon, when: str) -> None:
+    daemon.ask("pause work")
+    reply = many(daemon, submit_many=work(1100), then="report", when=when)
+    id = reply["batch"]
+    assert daemon.ask(f"cancel {id}")["below"] == 1100
+    assert {daemon.job(one["id"])["state"] for one in reply["jobs"][:5]} == {"cancelled"}
+    assert daemon.ask(f"retry {id}") == {"id": id, "state": "blocked", "below": 1100}
+    daemon.ask("resume work")
+    assert daemon.wait(id)["result"] == {"members": 1100, "done": 1100, **NONE}
+
+
+def test_retry_of_a_batch_retries_the_members_that_hold_it(daemon: Daemon) -> None:
+    reply = many(daemon, submit_many=[*work(2), "work once:1"], then="report")
+    daemon.wait(reply["jobs"][2]["id"])
+    until(lambda: "lets it go on" in daemon.why(reply["batch"]))
+    daemon.open_gate("mended")
+    assert daemon.ask(f"retry {reply['batch']}")["below"] == 1
+    assert daemon.wait(reply["batch"])["result"]["done"] == 3
+
+
 def test_when_ended_the_follow_up_is_told_of_what_failed(daemon: Daemon) -> None:
     jobs = [*work(2), "work bad:1", "work bad:1"]
     reply = many(daemon, submit_many=jobs, then="report", when="ended")
@@ -188,7 +211,7 @@ def test_what_is_refused_says_which_job_and_queues_nothing(daemon: Daemon) -> No
         ({**ok, "then": "ping"}, "bad_params", "a line that submits a job belongs here"),
         ({**ok, "then": ""}, "bad_params", "a line that submits a job belongs here"),
         ({**ok, "when": "maybe"}, "bad_params", "when: done or ended"),
-        ({**ok, "open": 1}, "bad_params", "open: true or false"),
+        ({**ok, "open": 1}, "bad_params", "open: yes or no"),
         ({**ok, "batch": 1}, "bad_params", "a new batch takes submit_many, then, when, open; not"),
         ({"submit_many": [], "batch": 1}, "bad_params", "it is empty"),
         ({"submit_many": []}, "bad_params", "it is empty"),

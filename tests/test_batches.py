@@ -400,7 +400,7 @@ def test_members_may_stand_in_the_line_of_their_follow_up(store: Store, when: st
     jobs = [NewJob("hash", {"n": i}, limits=limits) for i in range(2)]
     made = begin(store, jobs, when=when, followup=then(limits=limits))
     store.queue.cancel(made.id, "me")
-    store.queue.retry(made.id, "me")
+    store.queue.retry_many([made.id, *(job.id for job in made.jobs)], "me")
     other = store.submit("hash", limits=limits)
     assert end(store) == [made.jobs[0].id]
     assert end(store) == [made.jobs[1].id]
@@ -440,12 +440,14 @@ def test_members_go_before_nobody_who_came_before_them(store: Store) -> None:
 
 def test_a_batch_that_was_cancelled_goes_on_when_it_is_retried(store: Store) -> None:
     made = begin(store, members(2), open=True)
-    store.queue.cancel(made.id, "me")
     end(store)
-    assert state(store, made.id)[0] == CANCELLED
+    store.queue.cancel(made.id, "me")
+    (gone,) = (job.id for job in made.jobs if state(store, job.id)[0] == CANCELLED)
     store.queue.retry(made.id, "me")
     assert state(store, made.id) == (BLOCKED, "batch is open")
     close(store, made.id)
+    assert f"`retry {gone}` lets it go on" in state(store, made.id)[1]
+    store.queue.retry(gone, "me")
     end(store)
     assert told(store, made.id)["done"] == 2
 
@@ -455,8 +457,11 @@ def test_a_cancelled_batch_whose_members_have_ended_starts_when_retried(
     store: Store, when: str
 ) -> None:
     made = begin(store, members(2), when=when)
+    running = store.claim(2)
     store.queue.cancel(made.id, "me")
-    end(store, n=2)
+    for job in running:
+        store.queue.finish(job, Outcome(DONE))
+    store.flush()
     assert state(store, made.id)[0] == CANCELLED
     store.queue.retry(made.id, "me")
     assert told(store, made.id)["done"] == 2
@@ -469,7 +474,7 @@ def test_a_batch_and_its_members_retried_together_wait_for_each_other(
 ) -> None:
     made = begin(store, members(2), when=when)
     ids = [made.id, *(job.id for job in made.jobs)]
-    store.queue.cancel_many(ids, "me")
+    store.queue.cancel(made.id, "me")
     assert {store.row(id).state for id in ids} == {CANCELLED}
     assert store.queue.retry_many(ids, "me") == ids
     assert state(store, made.id) == (BLOCKED, "waits for its members")
@@ -509,10 +514,10 @@ def test_members_are_kept_until_the_follow_up_has_ended(store: Store) -> None:
 
 
 def test_a_follow_up_that_is_gone_leaves_nothing(store: Store) -> None:
-    made = begin(store, members(2), when=ENDED)
+    made = begin(store, members(3), when=ENDED)
+    end(store, FAILED)
     store.queue.cancel(made.id, "me")
-    end(store, FAILED, n=2)
-    for state_ in (CANCELLED, FAILED):
+    for state_ in (CANCELLED, CANCELLED, FAILED):  # those that it waits for go after it
         store.queue.purge(state_, 1 << 60)
     assert store.fetch(sa.select(schema.job.c.id)) == []
     assert edges(store) == 0

@@ -811,6 +811,8 @@ class Batch:
         """
         self.members.await_again(self.tx.fetch_rows(st.DEPENDENTS_OF, sorted((id,) for id in ids)))
         if followups:
+            waits = {id: self.members.told(id, kept) for id, kept in sorted(followups.items())}
+            self.tx.run_rows(st.STILL_BLOCKED, list(waits.items()))
             self.lower_waits(dict.fromkeys(followups, 0))
             self.members.release(list(followups.items()))
 

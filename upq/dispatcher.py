@@ -591,14 +591,19 @@ class Dispatcher:
         job = self._managed(args["id"], peer, "retry")
         self._alone(args)
         id, below = job["id"], self._overview.again(args["id"])
-        if id in below or not below:
+        is_batch = self._views.batch(id) is not None
+        itself = id in below or not below
+        below = below[1:] if itself else below
+        if itself and not is_batch:
             self._queue.retry(id, peer.name)
             job["state"] = QUEUED
-            below = below[1:]
         n = sum(
             len(self._queue.retry_many(below[start : start + CHUNK], peer.name))
             for start in range(0, len(below), CHUNK)
         )
+        if itself and is_batch:  # after its members, so that it waits for them
+            self._queue.retry(id, peer.name)
+            job["state"] = self._views.job(id)["state"]
         more = f", with {n} below it" if n else ""
         log.info("(%s:%d) queued again by %s%s", job["type"], id, peer.name, more)
         return {"id": id, "state": job["state"], "below": n}

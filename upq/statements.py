@@ -870,6 +870,13 @@ def untold(dialect: str) -> ClauseElement:
     )
 
 
+def still_blocked(dialect: str) -> ClauseElement:
+    """As BLOCK_JOBS, of those that have to wait."""
+    r = rows(dialect, id=int, reason=str)
+    waits = sa.case((job.c.waits > 0, r.c.reason), else_=job.c.reason)
+    return sa.update(job).values({job.c.reason: waits}).where(job.c.id == r.c.id)
+
+
 bad_members = sa.and_(
     edge.c.job == big("batch"), job.c.id == edge.c.needs, job.c.state.in_(FINAL - {DONE})
 )
@@ -877,6 +884,7 @@ LOCK_BATCH = Sql(
     sa.select(job.c.state, job.c.options).where(job.c.id == big("batch")).with_for_update()
 )
 AMONG_MEMBERS = Sql(among_members)
+STILL_BLOCKED = Sql(still_blocked)
 BAD_COUNTS = Sql(sa.select(job.c.state, sa.func.count()).where(bad_members).group_by(job.c.state))
 BAD_MEMBERS = Sql(
     sa.select(job.c.id, job.c.state).where(bad_members).order_by(edge.c.needs).limit(big("n"))
