@@ -154,8 +154,8 @@ def cancel_trees(trees: int, seed: int, *, shared: bool) -> int:
     finally:
         shutil.rmtree(folder)
     where = "two daemons on PostgreSQL" if shared else "one daemon on SQLite"
-    print(f"{where}: {found.trees} trees with {found.jobs} jobs, seed {seed}, cancelled as they grew:"
-          f" {dict(sorted(found.states.items()))}")  # fmt: skip
+    states = dict(sorted(found.states.items()))
+    print(f"{where}: {found.trees} trees with {found.jobs} jobs, seed {seed}: {states}")
     report("trees in which something went on", str(len(found.survived)), "goal 0")
     report("starts after the answer", str(len(found.started)), "goal 0")
     report("answers that were not true", str(len(found.untrue)), "goal 0")
