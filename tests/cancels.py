@@ -1,6 +1,7 @@
 """T17: jobs are cancelled at random while they are queued, start, run and end; then all is counted.
 
 python -m tests.cancels [--jobs N] [--seed N]
+python -m tests.cancels --trees N [--seed N]    whole trees, in one daemon and in two
 
 Prints a line for each figure with its goal; the exit status is 1 when a goal is missed.
 """
@@ -14,13 +15,14 @@ import shutil
 import sys
 import time
 from collections import Counter
-from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
+from tests import tree_cancels
 from tests.bench import report
 from tests.daemons import Daemon, until
 from tests.servers import short_folder
+from tests.tree_cancels import seconds
 
 #: What a running job may take to end once it was cancelled.
 END_S = 6.0
@@ -138,10 +140,6 @@ def judge(daemon: Daemon, cancels: dict[int, Cancel]) -> Figures:
     return Figures(len(cancels), said, not_one_end, untrue, wrongly, slowest_s)
 
 
-def seconds(iso: str) -> float:
-    return datetime.fromisoformat(iso).timestamp()
-
-
 def run(folder: Path, jobs: int, seed: int) -> Figures:
     with Daemon(folder, CONFIG, work=WORK, apart=WORK) as daemon:
         figures = cancel_all(daemon, jobs, random.Random(seed))
@@ -149,11 +147,32 @@ def run(folder: Path, jobs: int, seed: int) -> Figures:
         return figures
 
 
+def cancel_trees(trees: int, seed: int, *, shared: bool) -> int:
+    folder = short_folder()
+    try:
+        found = tree_cancels.run(folder, trees, seed, shared=shared)
+    finally:
+        shutil.rmtree(folder)
+    where = "two daemons on PostgreSQL" if shared else "one daemon on SQLite"
+    states = dict(sorted(found.states.items()))
+    print(f"{where}: {found.trees} trees with {found.jobs} jobs, seed {seed}: {states}")
+    report("trees in which something went on", str(len(found.survived)), "goal 0")
+    report("starts after the answer", str(len(found.started)), "goal 0")
+    report("answers that were not true", str(len(found.untrue)), "goal 0")
+    report("trees not done after a retry", str(len(found.unfinished)), "goal 0")
+    report("jobs that were done twice", str(len(found.twice)), "goal 0")
+    report("longest from cancel to end", f"{found.slowest_s:.2f} s", f"goal {END_S:g} s")
+    return int(bool(found.bad) or found.slowest_s > END_S)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=1000)
+    parser.add_argument("--trees", type=int, default=0)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     args = parser.parse_args()
+    if args.trees:
+        return max(cancel_trees(args.trees, args.seed, shared=shared) for shared in (False, True))
     folder = short_folder()
     try:
         found = run(folder, args.jobs, args.seed)

@@ -106,6 +106,19 @@ def test_what_follows_a_step_that_ends_while_it_is_cancelled_does_not_run(store:
     assert [e["state"] for e in store.views.history(second)] == [QUEUED, CANCELLED]
 
 
+@pytest.mark.parametrize(("reason", "state"), [("", CANCELLED), ("timeout", FAILED)])
+def test_what_fails_after_a_cancel_of_which_it_has_not_heard_is_cancelled(
+    store: Store, reason: str, state: str
+) -> None:
+    root = store.submit("parent")
+    job = store.claim_one("parent")
+    store.queue.cancel(root, "alice")
+    assert end(store, job, FAILED, then=[below(root, "sorry")], reason=reason)
+    assert states(store, root) == [state]
+    sorry = [one["state"] for one in store.views.children(root)]
+    assert sorry == ([] if state == CANCELLED else [CANCELLED])
+
+
 def test_an_end_in_cancelled_cancels_what_is_left_below(store: Store) -> None:
     """As when the daemon died in the middle of a cancel."""
     root = store.submit("parent")

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests import stores
+from tests import cancels, stores, tree_cancels
 from tests.conftest import note_database
 from tests.daemons import ROOT, Daemon, acting_as, until
 from tests.servers import Postgres, short_folder
@@ -275,6 +275,17 @@ def test_branches_that_run_are_cancelled_with_their_join_and_nobody_is_told_of_a
     assert daemon.ask(f"retry {id}")["below"] == 3
     found = whole(daemon, id)
     assert (found["state"], found["counts"]) == (DONE, {DONE: 5})
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_trees_that_are_cancelled_while_they_grow_leave_nothing_behind(
+    short_tmp: Path, shared: bool
+) -> None:
+    """The short form of `python -m tests.cancels --trees`."""
+    found = tree_cancels.run(short_tmp, 15, seed=17, shared=shared)
+    assert (found.bad, found.trees) == ([], 15)
+    assert found.states["cancelled"] > 5
+    assert found.slowest_s < cancels.END_S + 3
 
 
 # Queued again

@@ -47,6 +47,8 @@ from upq.writer import Replay
 
 log = logging.getLogger(__name__)
 
+#: The reason of what has failed because it took too long.
+TIMEOUT = "timeout"
 #: Seconds a claim holds without being renewed.
 LEASE_S = 30
 #: Characters of a message kept in the history; the job's row has all of it.
@@ -590,7 +592,7 @@ class Batch:
 
     def _finish(self, finishes: list[Finish]) -> list[bool]:
         self.ended = [one.job.token for one in finishes]
-        self._heed_cancels([one for one in finishes if one.outcome.state == QUEUED])
+        self._heed_cancels([one for one in finishes if one.outcome.state in (QUEUED, FAILED)])
         now = self.now
         values = []
         for one in sorted(finishes, key=lambda f: f.job.id):
@@ -635,17 +637,21 @@ class Batch:
         elif not outcome.counts and one.job.attempt == 1:
             self.limiter.given_back(one.job.id, limits)
 
-    def _heed_cancels(self, again: list[Finish]) -> None:
-        """An attempt is the last one when its job was cancelled, even at the last moment."""
-        if not again:
+    def _heed_cancels(self, not_done: list[Finish]) -> None:
+        """What fails or is given back was cancelled if somebody asked for that, even at the last
+        moment or by way of another daemon: a parent may see its children end before it hears of it.
+        """
+        if not not_done:
             return
-        ids = sorted((one.job.id,) for one in again)
+        ids = sorted((one.job.id,) for one in not_done)
         cancelled = {row[0] for row in self.tx.fetch_rows(st.CANCELLED_OF, ids)}
-        for one in again:
-            if one.job.id in cancelled:
-                outcome = one.outcome
+        for one in not_done:
+            outcome = one.outcome
+            if one.job.id in cancelled and outcome.reason != TIMEOUT:
                 outcome.state, outcome.reason, outcome.run_at = CANCELLED, "asked", None
                 outcome.crashed, outcome.counts = False, True
+                # What was to follow a failure does not, and nobody is told of one.
+                one.then = one.wish = None
 
     def _keep_outputs(self, finishes: list[Finish]) -> None:
         outputs = [
