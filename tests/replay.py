@@ -219,7 +219,7 @@ class Audit:
         self._audit_ends()
         for message in facts.retried:
             self._want(
-                "the daemon died each time" in message,
+                "crashed" in message,
                 "workflows failed for another reason than three deaths",
                 message,
             )
@@ -319,7 +319,7 @@ class Trial:
         """As an operator would: upq runs no job again that has met three deaths of the daemon."""
         for type in "whole", "notify":
             for job in self.daemon.list(f"type:{type} state:failed"):
-                self.retried.append(job["message"])
+                self.retried.append(f"{job['reason']} {job['message']}")
                 self.daemon.ask(f"retry {job['id']}")
 
     def settle(self) -> Facts:

@@ -14,7 +14,7 @@ from upq import UpqJob
 from upq.desk import Ends, JobDesk
 from upq.errors import Unavailable, UpqError
 from upq.events import Event
-from upq.job import DONE, FAILED, Accepted, Job, NewJob, Outcome
+from upq.job import DONE, FAILED, QUEUED, Accepted, Job, NewJob, Outcome
 from upq.pool import Pool
 
 
@@ -114,6 +114,30 @@ def test_when_the_parent_is_retried_a_failed_child_runs_again(
     office.store.queue.retry(parent.jobid, "root")
     again = office.begin(office.store.claim_one()).enqueue_newjob("reverify")
     assert (again.jobid, again.state) == (child.jobid, "queued")
+
+
+def test_a_child_that_fails_between_two_attempts_of_its_parent_runs_again(
+    office: Office, parent: UpqJob
+) -> None:
+    child = parent.enqueue_newjob("reverify")
+    running = office.store.claim_one("reverify")
+    office.end(office.pool._jobs.pop(parent.token), QUEUED, reason="retry 1 of 2")
+    office.end(running, FAILED)
+    parent = rerun(office, office.begin(office.store.claim_one()))
+    again = parent.enqueue_newjob("reverify")
+    assert (again.jobid, again.state) == (child.jobid, "queued")
+    office.end(office.store.claim_one("reverify"), FAILED)
+    again = rerun(office, parent).enqueue_newjob("reverify")
+    assert again.state == FAILED, "that was a crash of the parent, and no attempt"
+
+
+def test_a_child_that_somebody_else_has_retried_meanwhile_is_that_child(
+    office: Office, parent: UpqJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = parent.enqueue_newjob("reverify")
+    parent = rerun(office, parent)
+    monkeypatch.setattr(office.store.views, "child", lambda key: (child.jobid, True))
+    assert parent.enqueue_newjob("reverify").jobid == child.jobid
 
 
 def test_a_job_that_does_not_run_queues_no_children(office: Office, parent: UpqJob) -> None:

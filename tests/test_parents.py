@@ -131,6 +131,17 @@ def test_a_parent_that_does_not_catch_it_fails_with_the_childs_words(one: Daemon
     assert job["message"].startswith("child ") and job["message"].endswith(" is failed: no -1")
 
 
+def test_a_child_that_says_nothing_fails_with_its_reason(short_tmp: Path) -> None:
+    body = "def run(self): note('begun'); gate('never')"
+    parent = "def run(self): self.submit('held').wait()"
+    with Daemon(short_tmp, "[job parent]\n[job held]", held=body, parent=parent) as daemon:
+        id = daemon.submit("parent")
+        for deaths in range(3):
+            until(lambda n=deaths: len(daemon.ledger) == n + 1)  # type: ignore[misc]
+            daemon.restart()
+        assert daemon.wait(id)["message"].endswith(" is failed: crashed")
+
+
 def test_a_wait_whose_time_is_over_says_so(one: Daemon) -> None:
     job = one.submit("child @queue:shut")
     one.wait(job)

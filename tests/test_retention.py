@@ -166,3 +166,20 @@ def test_what_is_unique_for_a_time_stays_so_long() -> None:
     assert [kept_s(job, db, state) for state in (DONE, FAILED)] == [100, 100]
     usual = JobSettings("hash", unique=Unique(None, for_s=100.0))
     assert [kept_s(usual, db, state) for state in (DONE, FAILED)] == [100, 200]
+
+
+def test_children_of_a_parent_that_has_failed_stay_as_long_as_it_may_be_retried(
+    store: Store,
+) -> None:
+    for state in FAILED, DONE:
+        parent = store.submit("p")
+        running = store.claim_one("p")
+        child = store.submit("a", parent=parent, root=parent, child_key=state)
+        after = store.submit("a", parent=parent, root=parent)
+        for job in (*store.claim(2, "a"), running):
+            store.queue.finish(job, Outcome(state if job is running else DONE))
+        store.flush()
+        for id in child, after:
+            age(store, id, 100)
+        step(retention(store, JobSettings("a", keep_s=DAY_S)))
+        assert {child, after} & left(store) == ({child} if state == FAILED else set())

@@ -250,6 +250,10 @@ class RemoteJob:
     def msgstr(self) -> str:
         return str(self._look()[2])
 
+    @property
+    def reason(self) -> str:
+        return str(self._look()[3])
+
     def wait(self, timeout: float | None = None) -> Any:
         return wait_for(self, timeout)
 

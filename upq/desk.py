@@ -151,6 +151,12 @@ class JobChild:
         end = self._end()
         return end.message if end else ""
 
+    @property
+    def reason(self) -> str:
+        """Why it has ended, where its state does not say it: "timeout", "crashed"."""
+        end = self._end()
+        return end.reason if end else ""
+
     def wait(self, timeout: float | None = None) -> Any:
         """Wait for its end; its result. Raises ChildFailed; TimedOut after `timeout` seconds."""
         return wait_for(self, timeout)

@@ -171,7 +171,7 @@ class ChildFailed(UpqError):
         self.id = id
         self.type = type
         self.state = state
-        #: What the child has said, whole.
+        #: What the child has said, whole; else the reason of its end: "crashed".
         self.message = message
         self.others = tuple(others)
         own = f"{type} {id} is {state}" + (f": {message[:CHILD_CHARS]}" if message else "")

@@ -79,6 +79,8 @@ class Child(Protocol):
     def result(self) -> Any: ...
     @property
     def msgstr(self) -> str: ...
+    @property
+    def reason(self) -> str: ...
     def wait(self, timeout: float | None = None) -> Any: ...
 
 
@@ -251,7 +253,7 @@ def wait_for(job: Child, timeout_s: float | None) -> Any:
 
 
 def failure(job: Child) -> ChildFailed:
-    return ChildFailed(job.jobid, job.jobname, job.state, job.msgstr)
+    return ChildFailed(job.jobid, job.jobname, job.state, job.msgstr or job.reason)
 
 
 class UpqJob(Steps):

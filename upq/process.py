@@ -288,7 +288,7 @@ class ProcessJob(UpqJob):
 
     def _look_at(self, id: int) -> list[Any]:
         job = self._queued[id]
-        return [job.state, job.result, job.msgstr]
+        return [job.state, job.result, job.msgstr, job.reason]
 
     def _enqueue(self, jobname: str, params: dict[str, Any], queue: str) -> int:
         job = self.enqueue_newjob(jobname, params, queue=queue)

@@ -797,7 +797,7 @@ class Queue:
         """Delete jobs of a final state that ended before a time, with their history.
 
         Looks at no more than CHUNK jobs, the next of the walk; returns how many it has deleted.
-        Kept are children of a parent that has not ended, and what others wait for.
+        Kept is what others wait for, and children of a parent that has not ended or may be retried.
         """
         on = walk or Walk()
 
@@ -932,12 +932,20 @@ def value_of(result: Any) -> Any:
 
 
 def unneeded(batch: Batch, state: str, ids: list[tuple[int]]) -> list[Any]:
-    """Of these jobs, locked, those in the state that no parent and no other job needs."""
+    """Of these jobs, locked, those in the state that no parent and no other job needs.
+
+    A parent that has ended badly needs what it has queued: it may be retried.
+    """
     found = [row for row in batch.tx.fetch_rows(st.LOCK_ENDED, ids) if row[2] == state]
     parents = sorted({(row[3],) for row in found if row[3] is not None})
     states = dict(batch.tx.fetch_rows(st.PLAIN_STATES_OF, parents)) if parents else {}
     awaited = {row[0] for row in batch.tx.fetch_rows(st.AWAITED_OF, ids)}
-    return [row for row in found if row[0] not in awaited and states.get(row[3], DONE) in FINAL]
+
+    def is_needed(row: Any) -> bool:
+        state = states.get(row[3], DONE)
+        return row[0] in awaited or state not in FINAL or (row[4] is not None and state != DONE)
+
+    return [row for row in found if not is_needed(row)]
 
 
 def running_of(batch: Batch, owner: str, vault: Vault) -> list[Job]:

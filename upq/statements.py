@@ -928,7 +928,7 @@ def lock_ended(dialect: str) -> ClauseElement:
     The state is no condition, or the rows would be looked for by it.
     """
     r = over_ids(dialect)
-    chosen = sa.select(job.c.id, job.c.lane, job.c.state, job.c.parent)
+    chosen = sa.select(job.c.id, job.c.lane, job.c.state, job.c.parent, job.c.child_key)
     return chosen.where(job.c.id == r.c.id).with_for_update(skip_locked=True, of=job)
 
 

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from upq import schema, when
 from upq.db import Database
 from upq.errors import NotFound
-from upq.job import BLOCKED, FAILED, FINAL, QUEUED, RUNNING, STATES
+from upq.job import BLOCKED, DONE, FAILED, FINAL, QUEUED, RUNNING, STATES
 from upq.limits import is_paced, kept_text
 from upq.members import kept_batch
 from upq.record import LOCKED
@@ -62,6 +62,7 @@ class End(NamedTuple):
     message: str
     #: Why the result cannot be read; "" when it can.
     locked: str = ""
+    reason: str = ""
 
 
 class Filter(NamedTuple):
@@ -450,11 +451,11 @@ class Views:
 
     def end(self, id: int) -> End | None:
         """How a job has ended; None while it has not. Raises NotFound."""
-        query = sa.select(job.c.state, job.c.result, job.c.message).where(job.c.id == id)
-        found = self._rows(query)
+        query = sa.select(job.c.state, job.c.result, job.c.message, job.c.reason)
+        found = self._rows(query.where(job.c.id == id))
         if not found:
             raise NotFound(f"no job {id}")
-        state, result, message = found[0]
+        state, result, message, reason = found[0]
         if state not in FINAL:
             return None
         locked, value = "", None
@@ -463,16 +464,31 @@ class Views:
                 value = self._vault.decode(result)
             except NoKey as error:
                 locked = str(error)
-        return End(state, value, message or "", locked)
+        return End(state, value, message or "", locked, reason)
 
     def child(self, key: str) -> tuple[int, bool] | None:
         """The id of the job with a child key, and whether it is to run again when asked for."""
-        query = sa.select(job.c.id, job.c.state, job.c.reason).where(job.c.child_key == key)
-        found = self._rows(query)
+        query = sa.select(job.c.id, job.c.parent, job.c.state, job.c.reason)
+        found = self._rows(query.where(job.c.child_key == key))
         if not found:
             return None
-        id, state, reason = found[0]
-        return id, state in FINAL and reason == AGAIN
+        id, parent, state, reason = found[0]
+        if state not in FINAL or state == DONE:
+            return id, False
+        return id, reason == AGAIN or self._ended_between(parent, id)
+
+    def _ended_between(self, parent: int, child: int) -> bool:
+        """Whether a child has ended badly after one attempt of its parent and before the next."""
+        query = sa.select(event.c.job, event.c.state, event.c.reason)
+        waits = found = False
+        for id, state, reason in self._rows(
+            query.where(event.c.job.in_((parent, child))).order_by(event.c.n)
+        ):
+            if id == child:
+                found = waits and state in FINAL and state != DONE
+            elif state in (QUEUED, RUNNING):
+                waits = state == QUEUED and reason.startswith("retry")
+        return found
 
     def unfinished(self, ids: Sequence[int]) -> list[int]:
         """Those of these jobs that have not ended, or are gone, in the order given."""
