@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests import chain_bench
 from tests.daemons import Daemon, until
 from upq.when import instant
 
@@ -146,6 +147,12 @@ def test_kills_at_any_instant_neither_lose_nor_double_a_branch(daemon: Daemon) -
         assert {"seed": one["root"], "left": left, "right": "extra"}.items() <= one[
             "result"
         ].items()
+
+
+@pytest.mark.alone
+def test_a_chain_of_three_costs_at_most_a_fifth_more_than_three_jobs() -> None:
+    with chain_bench.started("sqlite:///{folder}/upq.db") as daemon:
+        assert chain_bench.compare(daemon, "chain", 1500, 5) <= 1.2
 
 
 def test_what_a_child_process_appends_and_returns_goes_the_same_way(daemon: Daemon) -> None:

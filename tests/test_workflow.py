@@ -278,7 +278,7 @@ def test_what_a_branch_appends_hides_no_branch_that_has_failed(plant: Plant) -> 
     assert plant.one("join")["reason"] == reason
     plant.next("more")
     assert plant.one("join")["reason"] == reason
-    assert plant.store.views.awaited(plant.one("join")["id"])[0] == [(left, FAILED)]
+    assert plant.store.views.awaited(plant.one("join")["id"]) == ([(left, FAILED)], 1)
 
 
 def test_a_join_that_is_cancelled_has_its_branches_go_on_all_the_same(plant: Plant) -> None:
