@@ -236,15 +236,13 @@ class Audit:
     def _audit_children(self, row: Row) -> None:
         below = sorted(one for one in self._below[row.id] if one.type in TYPES)
         found = Counter(one.type for one in below)
-        wanted = CHILDREN.get(row.type, {})
-        good = found == wanted if row.state == DONE else found <= Counter(wanted)
+        expected = CHILDREN.get(row.type, {})
+        good = found == expected if row.state == DONE else found <= Counter(expected)
         self._want(good, "missing or doubled children", row, found)
         if row.state == DONE and good:
-            self._want(
-                json.loads(row.result or "null") == self._expected(row, below),
-                "results unlike those of children and steps",
-                row,
-            )
+            wanted = self._expected(row, below)
+            same = json.loads(row.result or "null") == wanted
+            self._want(same, "results unlike those of children and steps", row, wanted)
 
     def _expected(self, row: Row, below: list[Row]) -> Any:
         """What a job has to return, by what is stored of its children and steps."""

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.chaos import AWAY
 from tests.daemons import Daemon, until
+from tests.servers import Postgres
 from tests.test_process import folder_of_its_own
 from upq import vault
 
@@ -378,6 +380,34 @@ def run(self):
         daemon.end()
         stored = b"".join(one.read_bytes() for one in (short_tmp / "state").iterdir())
         assert b"make" in stored and b"sesame" not in stored and b"thistle" not in stored
+
+
+def test_a_step_waits_for_a_database_that_is_away_and_is_not_done_again(
+    postgres: Postgres, short_tmp: Path
+) -> None:
+    body = """
+def run(self):
+    return self.step("work", self.work)
+
+def work(self):
+    note("work")
+    gate("go")
+    return 7
+"""
+    with (
+        postgres.database() as url,
+        Daemon(short_tmp, "[job works]", url, works=body) as daemon,
+    ):
+        daemon.forgiven += AWAY
+        id = daemon.submit("works")
+        daemon.until_noted("work")
+        postgres.kill9()
+        daemon.open_gate()
+        until(lambda: "cannot be written to" in daemon.log)
+        postgres.start()
+        until(lambda: not daemon.ask("status")["trouble"])
+        job = daemon.wait(id)
+        assert (job["result"], job["starts"], daemon.ledger) == (7, 1, ["work"])
 
 
 def test_a_job_can_be_ended_inside_a_step(short_tmp: Path) -> None:

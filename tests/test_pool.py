@@ -123,6 +123,31 @@ def test_threads_are_started_only_when_they_are_needed(work: Work) -> None:
     assert pool.sizes() == {"running": 0, "threads": 1, "places": 8}
 
 
+def test_threads_that_parents_leave_over_go_when_these_have_ended(
+    work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "IDLE_S", 1000)
+    pool = work.pool(1)
+    go_on = threading.Event()
+
+    def wait(job: Job) -> None:
+        pool.park(job.token)
+        go_on.wait(20)
+        pool.unpark(job.token)
+
+    work.act = wait
+    for n in range(30):
+        give(pool, claimed())
+        until(lambda n=n: len(pool._parked) == n + 1)  # type: ignore[misc]
+    assert pool.sizes()["threads"] >= 30
+    go_on.set()
+    until(lambda: len(work.ended) == 30)
+    until(lambda: pool.sizes()["threads"] <= 1 + module.SPARE_THREADS)
+    job = claimed()
+    give(pool, job)
+    until(lambda: job.id in work.ended)
+
+
 def test_idle_threads_retire_but_one(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "IDLE_S", 0.05)
     pool = work.pool(4)
