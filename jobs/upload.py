@@ -73,7 +73,7 @@ class Upload(CatalogueJob):
             mfid = self.catalogue.keep_copy(mid, fid, str(path))
             self.msg(f"{mirror.name} has {path}, {self.file.size} bytes")
         self.jobdata["mfid"] = mfid
-        self.result = {"mfid": mfid, "fid": fid, "mirror": mirror.name, "path": str(path)}
+        self.result = {"mfid": mfid, "fid": fid, "mirror": mirror.name, "remote": str(path)}
 
     def refuse_another(self, mirror: ftp.Mirror, mid: int) -> None:
         other = self.catalogue.at_path(mid, str(self.remote))

@@ -123,7 +123,7 @@ def test_a_file_comes_to_a_mirror_and_the_catalogue_knows(
 ) -> None:
     ended = upload(eu_web="https://eu.example/pub")
     assert (ended.state, ended.message) == ("done", f"eu has {NAME}, 3000000 bytes")
-    assert ended.result == {"mfid": 1, "fid": 1, "mirror": "eu", "path": NAME}
+    assert ended.result == {"mfid": 1, "fid": 1, "mirror": "eu", "remote": NAME}
     assert ended.data == {"fid": 1, "mfid": 1}
     assert has_all(mirror)
     copy = catalogue(jobs).mirror_file(1)
