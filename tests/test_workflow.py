@@ -593,15 +593,16 @@ def test_branches_and_their_join_may_take_turns_with_each_other(plant: Plant) ->
 def test_a_blocked_join_that_is_cancelled_and_retried_is_in_nobodys_way(plant: Plant) -> None:
     turn = {"serial": "vm:{x}"}
     plant.offer("first", subjobs="(left right) join", **turn)
-    plant.offer("left right join", **turn)
+    plant.offer("left", "self.append_job('more')", **turn)
+    plant.offer("right more join", **turn)
     plant.start(params={"x": 1})
     (join,) = plant.seen("join")
     plant.store.queue.cancel(join.id, "root")
     plant.next("left")
     plant.store.queue.retry(join.id, "root")
     assert plant.state("join") == BLOCKED
-    plant.next("right")
-    plant.next("join")
+    for type in "right", "more", "join":
+        plant.next(type)
     assert plant.state("join") == DONE
     assert plant.one("join")["jobdata"] == {"x": 1, "left": None, "right": None}
 

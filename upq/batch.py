@@ -326,7 +326,8 @@ class Batch:
         fresh: list[list[Any]] = []
         edges: list[tuple[int, int]] = []
         for one in submits:
-            if fresh and one.limits is not None and looks_at_others(one.rows):
+            if fresh and one.limits is not None and one.rows[0][st.AT["child_key"]] is not None:
+                # Its check looks at who waits for whom, in the tables.
                 self.store(fresh, edges)
                 fresh, edges = [], []
             try:
@@ -843,17 +844,6 @@ class Batch:
         }
         if reasons:
             self.tx.run_rows(st.BLOCK_JOBS, sorted(reasons.items()))
-
-
-def looks_at_others(rows: list[list[Any]]) -> bool:
-    """Whether jobs with limits can be accepted only when all before them are in the tables.
-
-    A child is checked against who waits for whom; a join may come to wait for the job that one of
-    its branches repeats.
-    """
-    return rows[0][st.AT["child_key"]] is not None or any(
-        branches_of(row[st.AT["options"]]) is not None for row in rows
-    )
 
 
 def parents_of(submits: Sequence[Submit]) -> set[int]:
