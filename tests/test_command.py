@@ -195,17 +195,17 @@ def test_only_allowed_variables_reach_the_command(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("UPQ_DB_PASSWORD", "secret")
     monkeypatch.setenv("LC_TIME", "C")
     running = job("env", env={"LEVEL": "5", "TZ": "UTC"})
-    running.token = 4711
+    running.token, running.jobqueue = 4711, "disks.low"
     running.run()
     seen = dict(line.split("=", 1) for line in text(running).splitlines())
     assert seen.keys() <= {
         *("PATH", "HOME", "LANG", "TZ", "TMPDIR", "LEVEL"),
-        *("UPQ_JOB_ID", "UPQ_JOB_TYPE", "UPQ_JOB_TOKEN"),
+        *("UPQ_JOB_ID", "UPQ_JOB_TYPE", "UPQ_JOB_QUEUE", "UPQ_JOB_TOKEN"),
         *(name for name in os.environ if name.startswith("LC_")),
     }
     assert (seen["LEVEL"], seen["TZ"], seen["LC_TIME"]) == ("5", "UTC", "C")
-    own = ("UPQ_JOB_ID", "UPQ_JOB_TYPE", "UPQ_JOB_TOKEN")
-    assert [seen[name] for name in own] == ["17", "cmd", "4711"]
+    own = ("UPQ_JOB_ID", "UPQ_JOB_TYPE", "UPQ_JOB_QUEUE", "UPQ_JOB_TOKEN")
+    assert [seen[name] for name in own] == ["17", "cmd", "disks.low", "4711"]
 
 
 def test_no_descriptor_of_the_daemon_reaches_the_command(tmp_path: Path) -> None:

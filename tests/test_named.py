@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 import sqlalchemy as sa
@@ -99,6 +100,23 @@ def test_what_names_no_queue_is_refused_before_the_ack(folder: Path) -> None:
         assert daemon.say("note pool:a @queue:a*").startswith("ERR bad_params @queue: 'a*' is not")
         assert daemon.say(f"note pool:a @queue:{'x' * 256}").startswith("ERR bad_params @queue: ")
         assert daemon.ask("jobs")["jobs"] == []
+
+
+def test_a_job_knows_the_queue_it_came_from(folder: Path) -> None:
+    config = """
+        [job here]
+        [job there]
+        executor = process
+        [job cmd]
+        command = sh -c 'echo "$UPQ_JOB_QUEUE"'
+    """
+    say = "def run(self):\n    return self.jobqueue"
+    with Daemon(folder, dedent(config), here=say, there=say) as daemon:
+        assert daemon.run("here")["result"] == "here"
+        assert daemon.run("here @queue:a.low")["result"] == "a.low"
+        assert daemon.run("there @queue:b.low")["result"] == "b.low"
+        command = daemon.run("cmd @queue:c.low")["id"]
+        assert daemon.ask(f"output {command}")["text"] == "c.low\n"
 
 
 def test_a_job_and_a_chain_name_queues_too(folder: Path) -> None:

@@ -12,14 +12,20 @@ while read -r program package; do
 done <<LIST
 busybox busybox
 initdb postgresql
+libvirtd libvirt-daemon
 mariadbd mariadb-server-core
 my_print_defaults mariadb-client-core
 nc.openbsd netcat-openbsd
 pgrep procps
 php php-cli
+qemu-img qemu-utils
+qemu-system-x86_64 qemu-system-x86
 rsyslogd rsyslog
 strace strace
+virsh libvirt-clients
+virt-qemu-run libvirt-daemon-driver-qemu
 vsftpd vsftpd
+zstd zstd
 LIST
 [ "$missing" ] || exit 0
 

@@ -285,7 +285,7 @@ class Worker:
             job = self._make(asked)
         except BaseException as error:  # even sys.exit() at import
             return {"report": Report(BROKEN, blame(error, file))}
-        job.token = asked["token"]
+        job.token, job.jobqueue = asked["token"], asked["queue"]
         output = job._output = Sent(self._lines)
         door = job.door = self._desk.door = Door()
         job.ender = self._keeper.cancel

@@ -131,7 +131,12 @@ class CommandJob(UpqJob):
                 value = params.filled(template, self.jobdata)
             if value is not None:
                 passed[name] = value
-        own = {"UPQ_JOB_ID": str(self.jobid), "UPQ_JOB_TYPE": self.jobname, TOKEN: str(self.token)}
+        own = {
+            "UPQ_JOB_ID": str(self.jobid),
+            "UPQ_JOB_TYPE": self.jobname,
+            "UPQ_JOB_QUEUE": self.jobqueue,
+            TOKEN: str(self.token),
+        }
         return {"PATH": os.defpath, **passed, **own}
 
     def _start(self, argv: list[str], stack: contextlib.ExitStack) -> tuple[Popen, Pipes]:

@@ -264,6 +264,8 @@ class UpqJob(Steps):
 
     #: False for a type that is answered from its `check()` and never queued.
     queued = True
+    #: The queue it has come from: one type may mean different things in different queues.
+    jobqueue: str = ""
     #: Seconds that an attempt may take; 0 for no limit.
     timeout_s: float = 0.0
     #: "cancel" or "timeout", once upq has begun to end the attempt for that.

@@ -193,7 +193,8 @@ class ProcessJob(UpqJob):
     def _converse(self, interpreter: Interpreter) -> Report:
         lines = interpreter.lines
         lines.send({"id": self.jobid, "token": self.token, "data": self.jobdata,
-                    "chain": self._chain, "attempt": self.retries + 1})  # fmt: skip
+                    "chain": self._chain, "attempt": self.retries + 1,
+                    "queue": self.jobqueue})  # fmt: skip
         if self.cancelled:
             interpreter.ask_to_end(self.token)
         while True:

@@ -159,6 +159,7 @@ class Runner:
         facts = {"jobid": job.id, "chain": chain, "attempt": job.attempt}
         plugin = executor.make(kind, data, self.desk, facts)
         plugin.token = job.token
+        plugin.jobqueue = job.queue
         timeout_s = job.options.get("timeout_s") or kind.cfg.timeout_s
         if timeout_s:
             plugin.timeout_s = timeout_s
