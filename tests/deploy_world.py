@@ -1,0 +1,317 @@
+"""A machine for examples/deploy: git repositories, PostgreSQL, nginx, wheels, and the daemon.
+
+All of it works in one folder and is gone with the process that made it, however that one ends.
+"""
+
+from __future__ import annotations
+
+import configparser
+import contextlib
+import http.client
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+from zipfile import ZipFile
+
+from tests.conftest import unavailable
+from tests.daemons import ROOT, Daemon, Talk, until
+from tests.servers import UNDERTAKER, Missing, Postgres, program, short_folder
+from upq.job import FINAL
+
+#: Building and starting sites takes its time on a machine that does other things, too.
+PATIENCE_S = 110.0
+EXAMPLE = ROOT / "examples/deploy"
+#: Of requirements/dev.txt, what sites need; psycopg comes with its binary.
+WHEELS = ("asgiref", "django", "gunicorn", "packaging", "psycopg", "psycopg-binary", "sqlparse",
+          "typing_extensions")  # fmt: skip
+FIRST_UID = 61000
+#: Stands for `python3` in the daemon's PATH: notes when a task begins and ends, and holds it up
+#: while there is a file of that name.
+PYTHON3 = """#!/bin/sh
+note() {{ echo "$*" >>{folder}/ledger; }}
+note begin $3 $4 $5
+while [ -e {folder}/hold-$3 ]; do sleep 0.02; done
+{python} "$@"
+status=$?
+note end $3 $4 $5 $status
+while [ -e {folder}/late-$3 ]; do sleep 0.02; done
+exit $status
+"""
+#: A site without Django and database, for what is about tasks and not about sites.
+PLAIN = {
+    "app.py": """
+import os
+
+def application(environ, start_response):
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return [b"Version 1, user %d." % os.getuid()]
+"""
+}
+
+
+class TcpPostgres(Postgres):
+    """It listens to TCP, too, and asks for passwords there."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        super().__init__(listen_addresses="127.0.0.1", port=str(self.port), fsync="off")
+        hba = self.folder / "hba"
+        hba.write_text("local all postgres trust\nhost all all 127.0.0.1/32 scram-sha-256\n")
+        self.settings["hba_file"] = str(hba)
+
+    def _own_url(self) -> str:
+        return f"{super()._own_url()}&port={self.port}"
+
+    @property
+    def conninfo(self) -> str:
+        return self._own_url().replace("+psycopg", "")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        return int(door.getsockname()[1])
+
+
+def site_python() -> tuple[str, int]:
+    """A Python that sites can run as users of their own, and the first uid; else ours, and 0."""
+    if os.geteuid() == 0:
+        for python in (sys.executable, "/usr/bin/python3"):
+            command = [python, "-c", "import venv"]
+            with contextlib.suppress(OSError):
+                if not subprocess.run(command, check=False, cwd="/", capture_output=True, env={},
+                                      user=FIRST_UID, group=FIRST_UID).returncode:  # fmt: skip
+                    return python, FIRST_UID
+    return sys.executable, 0
+
+
+def fetch_wheels(folder: Path, python: str) -> None:
+    """The wheels of what sites need, as pinned: builds need no index then."""
+    pins = (ROOT / "requirements/dev.txt").read_text().splitlines()
+    wanted = [pin for pin in pins if pin.partition("==")[0].lower() in WHEELS]
+    assert len(wanted) == len(WHEELS)
+    pip = [sys.executable, "-m", "pip", "--python", python, "download", "-q"]
+    where = ["--no-deps", "--only-binary", ":all:", "-d", str(folder)]
+    said = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run([*pip, "--disable-pip-version-check", *where, *wanted], check=True, **said)
+    (django,) = folder.glob("django-*.whl")
+    _slim(django)
+
+
+def _slim(wheel: Path) -> None:
+    """Leave out what the site has no use for: four fifths of Django's files are translations."""
+    part = wheel.with_suffix(".part")
+    with ZipFile(wheel) as whole, ZipFile(part, "w") as slim:
+        for name in whole.namelist():
+            if not re.search(r"/locale/|/contrib/(gis|admin|admindocs)/", name):
+                slim.writestr(name, whole.read(name))
+    part.replace(wheel)
+
+
+class Platform(Daemon):
+    """The daemon with the example's own configuration, in a copy of it."""
+
+    def __init__(self, folder: Path) -> None:
+        shutil.copytree(EXAMPLE, folder, dirs_exist_ok=True,
+                        ignore=shutil.ignore_patterns("__pycache__", "var"))  # fmt: skip
+        super().__init__(folder)
+        self.how["cwd"] = folder
+        self.env = {
+            "PATH": f"{folder}/bin:{os.environ['PATH']}",
+            "PYTHONPATH": f"{ROOT}:{folder}",
+            "DEPLOY_INI": str(folder / "deploy.ini"),
+        }
+
+    def configure(self, config: str) -> None:
+        """It has its own."""
+
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, **self.env}
+
+    def connect(self) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.connect(str(self.folder / "var/upq.sock"))
+        return sock
+
+    @property
+    def log(self) -> str:
+        file = self.folder / "var/upq.log"
+        return file.read_text() if file.exists() else ""
+
+    def give(self, name: str, **params: Any) -> int:
+        """Submit a job as a program does; returns its id."""
+        with self.talk() as talk:
+            reply = json.loads(talk.say(json.dumps({"submit": name, "params": params})))
+        assert reply["ok"], reply
+        return int(reply["id"])
+
+    def ended(self, id: int) -> dict[str, Any]:
+        """The job, once it has ended, however long that takes."""
+        until(lambda: self.job(id)["state"] in FINAL, timeout_s=PATIENCE_S)
+        return self.job(id)
+
+    def refusal(self, name: str, **params: Any) -> str:
+        with self.talk() as talk:
+            reply = json.loads(talk.say(json.dumps({"submit": name, "params": params})))
+        assert not reply["ok"], reply
+        return str(reply["message"])
+
+    def children(self, id: int, type: str = "") -> list[dict[str, Any]]:
+        """All jobs that a job has queued, in that order, as `show` has each."""
+        found = [dict(child) for child in self.ask(f"show {id}")["children"]]
+        jobs = sorted((self.job(child["id"]) for child in found), key=lambda job: int(job["id"]))
+        return [job for job in jobs if type in ("", job["type"])]
+
+    def child(self, id: int, type: str) -> dict[str, Any]:
+        """The only one of that type, once it is there."""
+        until(lambda: self.children(id, type))
+        (job,) = self.children(id, type)
+        return job
+
+
+class World:
+    """One machine with everything on it."""
+
+    def __init__(self) -> None:
+        self.folder = short_folder()
+        self.undertaker = subprocess.Popen(
+            ["sh", "-c", UNDERTAKER, "undertaker", str(self.folder)],
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            self.nginx = program("nginx", "nginx-light")
+            self.git = program("git", "git")
+            self.postgres = TcpPostgres()
+        except Missing as missing:
+            unavailable(str(missing))
+        self.daemon = Platform(self.folder)
+        self.http, self.store = free_port(), free_port()
+        self.python, self.first_uid = site_python()
+        self._set_up()
+
+    def _set_up(self) -> None:
+        bin_ = self.folder / "bin"
+        bin_.mkdir()
+        (bin_ / "python3").write_text(PYTHON3.format(folder=self.folder, python=sys.executable))
+        (bin_ / "python3").chmod(0o755)
+        (self.folder / "wheels").mkdir()
+        fetch_wheels(self.folder / "wheels", self.python)
+        nginx = self.folder / "var/nginx"
+        for made in (nginx / "sites", nginx / "store"):
+            made.mkdir(parents=True)
+        conf = self.folder / "nginx.conf"
+        text = conf.read_text().replace(":8080", f":{self.http}").replace(":8081", f":{self.store}")
+        conf.write_text(text)
+        if os.geteuid() == 0:
+            user = re.search("^user ([^;]+);", text, re.M)
+            assert user
+            shutil.chown(nginx / "store", user[1])
+        command = [self.nginx, "-p", f"{nginx}/", "-c", str(conf)]
+        self._write_ini(command)
+        self.proxy = subprocess.Popen(
+            [*command, "-g", "daemon off;"], cwd=self.folder, stdin=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def _write_ini(self, nginx: list[str]) -> None:
+        """The example's deploy.ini, with what differs here."""
+        ini = configparser.ConfigParser(interpolation=None)
+        ini.read(self.folder / "deploy.ini")
+        here = {
+            "build": {
+                "python": self.python,
+                "pip": f"--no-index --find-links {self.folder}/wheels",
+                "protocols": "file",
+            },
+            "database": {"admin": self.postgres.conninfo, "port": str(self.postgres.port)},
+            "store": {"url": f"http://127.0.0.1:{self.store}"},
+            "proxy": {"listen": f"127.0.0.1:{self.http}", "nginx": shlex.join(nginx)},
+            "sites": {"first_uid": str(self.first_uid)},
+        }
+        ini.read_dict(here)
+        with (self.folder / "deploy.ini").open("w") as out:
+            ini.write(out)
+
+    def __enter__(self) -> Self:
+        try:
+            self.postgres.start()
+            self.daemon.start()
+            until(lambda: self.page("nobody.example")[0] == 404)
+            self.daemon.run("survey")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.daemon.kill9()
+        self.proxy.kill()
+        self.proxy.wait()
+        self.postgres.close()
+        assert self.undertaker.stdin
+        self.undertaker.stdin.close()
+        self.undertaker.wait(30)
+
+    # What users have and see
+
+    def repository(self, name: str, files: dict[str, str] | Path) -> str:
+        """The address of a new git repository, or of one with a further commit."""
+        folder = self.folder / "git" / name
+        if isinstance(files, Path):
+            shutil.copytree(files, folder, dirs_exist_ok=True)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            for file, text in files.items():
+                (folder / file).write_text(text)
+        who = ["-c", "user.name=Ann", "-c", "user.email=ann@example.org"]
+        for words in (
+            ["init", "-q"],
+            ["add", "."],
+            ["commit", "-q", "--allow-empty", "-m", "Site"],
+        ):
+            subprocess.run([self.git, *who, *words], cwd=folder, check=True)
+        return f"file://{folder}"
+
+    def page(self, host: str, path: str = "/") -> tuple[int, str]:
+        """Status and text of a page, through nginx."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.http, timeout=30)
+        try:
+            connection.request("GET", path, headers={"Host": host})
+            reply = connection.getresponse()
+            return reply.status, reply.read().decode()
+        except OSError:
+            return 0, ""
+        finally:
+            connection.close()
+
+    @property
+    def ledger(self) -> list[str]:
+        """What began and ended, by task: `begin build_bundle app=shop release=17`."""
+        return self.daemon.ledger
+
+    def steps(self, release: int) -> list[dict[str, Any]]:
+        """All that the steps.log of a release's tasks say, in the order of the tasks."""
+        logs = [self.folder / "var/work/build", self.folder / "var/work/appserver"]
+        files = [file for log in logs for file in sorted(log.glob(f"**/{release}/steps.log"))]
+        return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+    @contextlib.contextmanager
+    def held(self, task: str, when: str = "hold") -> Iterator[None]:
+        """Tasks of this name do not get on inside the block."""
+        file = self.folder / f"{when}-{task}"
+        file.touch()
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+
+
+__all__ = ["EXAMPLE", "FIRST_UID", "PLAIN", "Platform", "Talk", "World", "free_port"]
