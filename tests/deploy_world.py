@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any, Self
 from zipfile import ZipFile
 
+from aiosmtpd.controller import Controller
+
 from tests.conftest import unavailable
-from tests.daemons import ROOT, Daemon, Talk, until
+from tests.daemons import ROOT, Daemon, until
 from tests.servers import UNDERTAKER, Missing, Postgres, program, short_folder
 from upq.job import FINAL
 
@@ -45,7 +47,7 @@ note end $3 $4 $5 $status
 while [ -e {folder}/late-$3 ]; do sleep 0.02; done
 exit $status
 """
-#: A site without Django and database, for what is about tasks and not about sites.
+#: A site without Django, for what is about tasks and not about sites.
 PLAIN = {
     "app.py": """
 import os
@@ -53,8 +55,22 @@ import os
 def application(environ, start_response):
     start_response("200 OK", [("Content-Type", "text/plain")])
     return [b"Version 1, user %d." % os.getuid()]
-"""
+""",
+    "manage.py": """
+import os, sys
+from urllib.parse import urlsplit
+
+with open(os.path.expanduser("~/hooks"), "a") as hooks:
+    print(sys.argv[1:], os.getuid(), urlsplit(os.environ["DATABASE_URL"]).username, file=hooks)
+""",
 }
+#: A second appserver on the same machine, and a mail server: what the tests need besides.
+MORE_CFG = """[mail]
+server = 127.0.0.1:{port}
+from = upq@example.org
+[job notify]
+"""
+MORE_INI = "\n[appserver 2]\naddress = 127.0.0.1\n"
 
 
 class TcpPostgres(Postgres):
@@ -110,7 +126,7 @@ def _slim(wheel: Path) -> None:
     part = wheel.with_suffix(".part")
     with ZipFile(wheel) as whole, ZipFile(part, "w") as slim:
         for name in whole.namelist():
-            if not re.search(r"/locale/|/contrib/(gis|admin|admindocs)/", name):
+            if not re.search(r"/locale/(?!en/)\w+/|/contrib/(gis|admin|admindocs)/", name):
                 slim.writestr(name, whole.read(name))
     part.replace(wheel)
 
@@ -127,6 +143,10 @@ class Platform(Daemon):
             "PATH": f"{folder}/bin:{os.environ['PATH']}",
             "PYTHONPATH": f"{ROOT}:{folder}",
             "DEPLOY_INI": str(folder / "deploy.ini"),
+            # The appservers are asked when a test wants it.
+            "UPQ_JOB_SURVEY__SCHEDULE": "@yearly",
+            "UPQ_POOL_BUILD__CONCURRENT": "1",
+            "UPQ_JOB_DEPLOY__NOTIFY_FAIL": "mail:ops@example.org",
         }
 
     def configure(self, config: str) -> None:
@@ -216,6 +236,12 @@ class World:
             shutil.chown(nginx / "store", user[1])
         command = [self.nginx, "-p", f"{nginx}/", "-c", str(conf)]
         self._write_ini(command)
+        self.mails: list[bytes] = []
+        self.post = Controller(self, hostname="127.0.0.1", port=free_port())
+        self.post.start()
+        (self.folder / "upq.d").mkdir()
+        (self.folder / "upq.d/mail.cfg").write_text(MORE_CFG.format(port=self.post.port))
+        shutil.copy(ROOT / "jobs/notify.py", self.folder / "jobs")
         self.proxy = subprocess.Popen(
             [*command, "-g", "daemon off;"], cwd=self.folder, stdin=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -224,7 +250,7 @@ class World:
     def _write_ini(self, nginx: list[str]) -> None:
         """The example's deploy.ini, with what differs here."""
         ini = configparser.ConfigParser(interpolation=None)
-        ini.read(self.folder / "deploy.ini")
+        ini.read_string((self.folder / "deploy.ini").read_text() + MORE_INI)
         here = {
             "build": {
                 "python": self.python,
@@ -251,8 +277,13 @@ class World:
             raise
         return self
 
+    async def handle_DATA(self, server: Any, session: Any, envelope: Any) -> str:
+        self.mails.append(envelope.content)
+        return "250 OK"
+
     def __exit__(self, *error: Any) -> None:
         self.daemon.kill9()
+        self.post.stop()
         self.proxy.kill()
         self.proxy.wait()
         self.postgres.close()
@@ -280,6 +311,24 @@ class World:
             subprocess.run([self.git, *who, *words], cwd=folder, check=True)
         return f"file://{folder}"
 
+    def plan(self, app: str, hooks: str = "syncdb migrate") -> str:
+        """A zoombuild.cfg for PLAIN."""
+        host = app.replace("_", "-")
+        return f"[site]\nhosts = {host}.example.org\nwsgi = app:application\nhooks = {hooks}\n"
+
+    def ask_for(self, app: str, files: dict[str, str] | None = None, hooks: str = "") -> int:
+        """Submit a build_and_deploy of PLAIN with these files; returns its id."""
+        repo = self.repository(app, {**PLAIN, **(files or {})})
+        return self.daemon.give(
+            "build_and_deploy", app=app, repo=repo, zoombuild=self.plan(app, hooks)
+        )
+
+    def deployed(self, app: str, files: dict[str, str] | None = None, hooks: str = "") -> Any:
+        """The job, once the site is up."""
+        job = self.daemon.ended(self.ask_for(app, files, hooks))
+        assert job["state"] == "done", job["message"]
+        return job
+
     def page(self, host: str, path: str = "/") -> tuple[int, str]:
         """Status and text of a page, through nginx."""
         connection = http.client.HTTPConnection("127.0.0.1", self.http, timeout=30)
@@ -299,8 +348,9 @@ class World:
 
     def steps(self, release: int) -> list[dict[str, Any]]:
         """All that the steps.log of a release's tasks say, in the order of the tasks."""
-        logs = [self.folder / "var/work/build", self.folder / "var/work/appserver"]
-        files = [file for log in logs for file in sorted(log.glob(f"**/{release}/steps.log"))]
+        work = self.folder / "var/work"
+        builds = work.glob(f"build/*/{release}/steps.log")
+        files = [*builds, *work.glob(f"appserver/*/*/{release}/steps.log")]
         return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
     @contextlib.contextmanager
@@ -312,6 +362,3 @@ class World:
             yield
         finally:
             file.unlink(missing_ok=True)
-
-
-__all__ = ["EXAMPLE", "FIRST_UID", "PLAIN", "Platform", "Talk", "World", "free_port"]

@@ -26,7 +26,7 @@ server {{
     }}
 }}
 """
-STEPS = ["write", "check", "reload", "look"]
+STEPS = ["try", "write", "check", "reload", "see"]
 PATIENCE_S = 10.0
 SERVER_ERROR = 500
 
@@ -40,21 +40,25 @@ def proxy_update(
     for name in (*names, address):
         if not HOST.fullmatch(name):
             raise TaskError(f"{name!r} is no name of a host")
-    settings.proxy_sites.mkdir(parents=True, exist_ok=True)
     file = settings.proxy_sites / f"{valid_app(app)}.conf"
+    report(1, len(STEPS), "try")
+    status, _ = _look(f"{address}:{int(port)}", names[0])
+    if status >= SERVER_ERROR:
+        raise TaskError(f"{names[0]}: the page of release {release} is an error {status}")
+    report(2, len(STEPS), "write")
+    settings.proxy_sites.mkdir(parents=True, exist_ok=True)
     before = file.read_text() if file.exists() else None
-    report(1, len(STEPS), "write")
     write_whole(file, ENTRY.format(
         app=app, release=int(release), listen=settings.proxy_listen, hosts=" ".join(names),
         address=address, port=int(port),
     ))  # fmt: skip
     try:
-        report(2, len(STEPS), "check")
+        report(3, len(STEPS), "check")
         run([*settings.nginx, "-t"])
-        report(3, len(STEPS), "reload")
+        report(4, len(STEPS), "reload")
         run([*settings.nginx, "-s", "reload"])
-        report(4, len(STEPS), "look")
-        status = _until_published(settings, names[0], release)
+        report(5, len(STEPS), "see")
+        _until_seen(settings, names[0], release)
     except TaskError:
         _put_back(settings, file, before)
         raise
@@ -69,23 +73,23 @@ def _put_back(settings: Settings, file: Path, before: str | None) -> None:
     run([*settings.nginx, "-s", "reload"])
 
 
-def _until_published(settings: Settings, host: str, release: str) -> int:
-    """The status of the first page that nginx gives out for this release."""
+def _until_seen(settings: Settings, host: str, release: str) -> None:
+    """nginx says nothing when it has taken over what a reload has told it."""
     deadline_s = time.monotonic() + PATIENCE_S
-    page = urllib.request.Request(f"http://{settings.proxy_listen}/", headers={"Host": host})
-    while True:
-        try:
-            with urllib.request.urlopen(page, timeout=PATIENCE_S) as reply:
-                status, headers = reply.status, reply.headers
-        except urllib.error.HTTPError as error:
-            status, headers = error.code, error.headers
-            error.close()
-        except OSError as error:
-            raise TaskError(f"{host}: {error}") from error
-        if headers["X-Release"] == release:
-            if status >= SERVER_ERROR:
-                raise TaskError(f"{host}: the page of release {release} is an error {status}")
-            return int(status)
+    while _look(settings.proxy_listen, host)[1] != release:
         if time.monotonic() > deadline_s:
             raise TaskError(f"{host}: release {release} is not to be seen")
         time.sleep(0.02)
+
+
+def _look(where: str, host: str) -> tuple[int, str]:
+    """The status of a site's first page, and the release that nginx says it is of."""
+    page = urllib.request.Request(f"http://{where}/", headers={"Host": host})
+    try:
+        with urllib.request.urlopen(page, timeout=PATIENCE_S) as reply:
+            return reply.status, reply.headers.get("X-Release", "")
+    except urllib.error.HTTPError as error:
+        error.close()
+        return error.code, error.headers.get("X-Release", "")
+    except OSError as error:
+        raise TaskError(f"{host}: {error}") from error
