@@ -13,6 +13,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from aiosmtpd.controller import Controller
 
 from tests.conftest import unavailable
 from tests.daemons import ROOT, Daemon, until
-from tests.servers import UNDERTAKER, Missing, Postgres, program, short_folder
+from tests.servers import UNDERTAKER, Missing, Postgres, program, send, short_folder
 from upq.job import FINAL
 
 #: Building and starting sites takes its time on a machine that does other things, too.
@@ -106,6 +107,16 @@ def site_python() -> tuple[str, int]:
                                       user=FIRST_UID, group=FIRST_UID).returncode:  # fmt: skip
                     return python, FIRST_UID
     return sys.executable, 0
+
+
+def working_in(folder: Path) -> list[int]:
+    """The processes whose current folder is this one or below it."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if (process / "cwd").readlink().is_relative_to(folder):
+                found.append(int(process.name))
+    return found
 
 
 def fetch_wheels(folder: Path, python: str) -> None:
@@ -284,12 +295,12 @@ class World:
     def __exit__(self, *error: Any) -> None:
         self.daemon.kill9()
         self.post.stop()
-        self.proxy.kill()
-        self.proxy.wait()
         self.postgres.close()
-        assert self.undertaker.stdin
-        self.undertaker.stdin.close()
-        self.undertaker.wait(30)
+        send(working_in(self.folder), signal.SIGKILL)
+        self.proxy.wait()
+        shutil.rmtree(self.folder)
+        self.undertaker.kill()  # there is nothing left for it
+        self.undertaker.wait()
 
     # What users have and see
 
@@ -328,6 +339,12 @@ class World:
         job = self.daemon.ended(self.ask_for(app, files, hooks))
         assert job["state"] == "done", job["message"]
         return job
+
+    def tear_down(self, app: str) -> None:
+        """End the servers of an application, so that dozens of them do not fill the machine."""
+        for file in (self.folder / "var/work/appserver").glob(f"*/{app}/*/pid"):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(int(file.read_text().split()[0]), signal.SIGKILL)
 
     def page(self, host: str, path: str = "/") -> tuple[int, str]:
         """Status and text of a page, through nginx."""

@@ -424,3 +424,4 @@ def test_djz_23_killed_at_a_step_the_site_is_up_and_nothing_finished_is_repeated
         if "ended" in step:
             ended.add(step["step"])
     assert ended == {*BUILD, *DEPLOY}
+    world.tear_down(app)
