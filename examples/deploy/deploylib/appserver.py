@@ -176,16 +176,13 @@ def stop(folder: Path) -> bool:
         return False
     pid, start_time = file.read_text().split()
     was_running = _start_time(int(pid)) == start_time
-    deadline_s = time.monotonic() + PATIENCE_S
-    signum = signal.SIGTERM
-    while _start_time(int(pid)) == start_time:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(int(pid), signum)
-        if time.monotonic() > deadline_s:
-            signum = signal.SIGKILL
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(int(pid), os.WNOHANG)
-        time.sleep(0.02)
+    for signum in signal.SIGTERM, signal.SIGKILL:
+        deadline_s = time.monotonic() + PATIENCE_S
+        if _start_time(int(pid)) == start_time:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(int(pid), signum)
+        while _start_time(int(pid)) == start_time and time.monotonic() < deadline_s:
+            time.sleep(0.02)
     file.unlink()
     return was_running
 
