@@ -20,7 +20,7 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from tests.daemons import until
-from tests.deploy_world import EXAMPLE, FIRST_UID, PATIENCE_S, PLAIN, World
+from tests.deploy_world import EXAMPLE, FIRST_UID, PATIENCE_S, PLAIN, World, working_in
 
 BUILD = ["check out", "virtualenv", "install", "verify", "archive"]
 DEPLOY = ["download", "create user", "extract", "run"]
@@ -131,9 +131,14 @@ def test_djz_04_all_appservers_are_one_shared_queue_or_each_asked(world: World) 
 
 
 def test_djz_05_the_user_has_one_job_and_its_tasks_belong_to_it(world: World, site: Site) -> None:
-    assert {task["root"] for task in site.tasks.values()} == {site.job["id"]}
-    assert Counter(task["type"] for task in world.daemon.children(site.job["id"])) == TASKS
-    assert site.job["progress"] == {"done": 6, "total": 6, "text": "published"}
+    shown = world.daemon.ask(f"show {site.job['id']}")
+    assert Counter(task["type"] for task in shown["tree"]) == TASKS
+    assert shown["job"]["progress"] == {"done": 6, "total": 6, "text": "published"}
+    assert (shown["whole"]["state"], shown["whole"]["progress"]) == ("done", 1.0)
+    # One log of all: the job is the first to begin and the last to end.
+    log = [(line["type"], line["state"]) for line in shown["log"]]
+    assert (log[0][0], log[-1]) == ("build_and_deploy", ("build_and_deploy", "done"))
+    assert Counter(type for type, state in log[:-1] if state == "done") == TASKS
 
 
 def test_djz_06_check_repo_answers_with_guesses_and_keeps_them(world: World) -> None:
@@ -425,3 +430,74 @@ def test_djz_23_killed_at_a_step_the_site_is_up_and_nothing_finished_is_repeated
             ended.add(step["step"])
     assert ended == {*BUILD, *DEPLOY}
     world.tear_down(app)
+
+
+# DJZ-24: cancelled
+
+
+#: It is imported by the import that verifies it, and never by its web server.
+HANGING = {
+    "app.py": """
+import os, time
+
+while "nobody" not in os.environ["DATABASE_URL"]:
+    time.sleep(0.1)
+application = print
+"""
+}
+
+
+def working_for(world: World, app: str) -> list[int]:
+    """The processes that work in the folders of an application."""
+    work = world.folder / "var/work"
+    folders = [*work.glob(f"build/{app}"), *work.glob(f"appserver/*/{app}")]
+    return [pid for folder in folders for pid in working_in(folder)]
+
+
+def test_djz_24_a_cancelled_job_takes_its_tasks_with_it(world: World) -> None:
+    id = world.ask_for("stuck", HANGING)
+    until(lambda: has_come_to(world, id, "step run") and working_for(world, "stuck"), PATIENCE_S)
+    assert world.page("stuck.example.org")[0] == 404
+    world.daemon.ask(f"cancel {id}")
+    whole = world.daemon.ask(f"wait {id} timeout:29s whole:yes")["whole"]
+    assert whole["state"] == "cancelled"
+    tasks = {task["type"]: task["state"] for task in world.daemon.children(id)}
+    assert tasks.pop("deploy") == "cancelled"
+    assert set(tasks.values()) == {"done"}
+    until(lambda: not working_for(world, "stuck"))
+
+
+def test_djz_24_of_tasks_side_by_side_both_are_cancelled_and_none_follows(world: World) -> None:
+    daemon = world.daemon
+    daemon.ask("pause database")
+    try:
+        with world.held("bundle_upload"):
+            id = world.ask_for("gone")
+            upload = daemon.child(id, "bundle_upload")
+            daemon.until_state(upload["id"], "running")
+            assert daemon.child(id, "create_database")["state"] == "blocked"
+            daemon.ask(f"cancel {id}")
+            assert daemon.ask(f"wait {id} timeout:29s whole:yes")["whole"]["state"] == "cancelled"
+    finally:
+        daemon.ask("resume database")
+    assert {task["type"]: task["state"] for task in daemon.children(id)} == {
+        "build_bundle": "done", "create_database": "cancelled", "bundle_upload": "cancelled",
+    }  # fmt: skip
+    assert daemon.job(id)["state"] == "cancelled"
+    assert not [line for line in world.ledger if re.match(r"end bundle_upload .*/gone/", line)]
+
+
+def test_a_retry_goes_on_at_the_task_that_failed(world: World) -> None:
+    nginx = world.folder / "nginx.conf"
+    whole = nginx.read_text()
+    nginx.write_text(whole + "nonsense\n")
+    id = world.ask_for("again")
+    job = world.daemon.ended(id)
+    nginx.write_text(whole)
+    assert (job["state"], "nginx" in job["message"]) == ("failed", True)
+    assert not (world.folder / "var/nginx/sites/again.conf").exists()
+    world.daemon.ask(f"retry {id}")
+    assert world.daemon.ended(id)["state"] == "done"
+    assert world.page("again.example.org")[0] == 200
+    starts = {task["type"]: task["starts"] for task in world.daemon.children(id)}
+    assert {type: n for type, n in starts.items() if n > 1} == {"proxy_update": 2}
