@@ -149,11 +149,9 @@ class Platform(Daemon):
         shutil.copytree(EXAMPLE, folder, dirs_exist_ok=True,
                         ignore=shutil.ignore_patterns("__pycache__", "var"))  # fmt: skip
         super().__init__(folder)
-        self.how["cwd"] = folder
         self.env = {
             "PATH": f"{folder}/bin:{os.environ['PATH']}",
             "PYTHONPATH": f"{ROOT}:{folder}",
-            "DEPLOY_INI": str(folder / "deploy.ini"),
             # The appservers are asked when a test wants it.
             "UPQ_JOB_SURVEY__SCHEDULE": "@yearly",
             "UPQ_POOL_BUILD__CONCURRENT": "1",

@@ -1,7 +1,8 @@
 """One task from the command line: `python -m deploylib measure server=1`.
 
-`name=-` reads a value from standard input. Progress and, in the end, the result as one line of JSON
-go to standard output; the last line on standard error says why a task has failed.
+deploy.ini is that of the current folder. `name=-` reads a value from standard input. Progress and,
+in the end, the result as one line of JSON go to standard output; the last line on standard error
+says why a task has failed.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from deploylib.appserver import deploy, manage, measure, retire
@@ -39,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
         if value == "-":
             given[name] = sys.stdin.read()
     try:
-        result = TASKS[task](Settings.find(), report, **given)
+        result = TASKS[task](Settings.read(Path("deploy.ini")), report, **given)
     except TaskError as error:
         print(error, file=sys.stderr)
         return 1

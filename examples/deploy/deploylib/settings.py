@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import configparser
-import os
 import re
 import shlex
 from dataclasses import dataclass
@@ -74,11 +73,6 @@ class Settings:
             )
         except (OSError, KeyError, ValueError, configparser.Error) as error:
             raise TaskError(f"{file}: {error}") from error
-
-    @classmethod
-    def find(cls) -> Settings:
-        """Those of $DEPLOY_INI, else of deploy.ini in the current folder."""
-        return cls.read(Path(os.environ.get("DEPLOY_INI", "deploy.ini")))
 
     def folder(self, *parts: str | int) -> Path:
         """A folder below `work`, made when missing; every user may pass through it."""

@@ -1,5 +1,7 @@
 """create_database app:shop : a database and a user for an application, if it has none."""
 
+from pathlib import Path
+
 from deploylib import database
 from deploylib.settings import Settings
 
@@ -8,6 +10,7 @@ from upq import UpqJob
 
 class Create_database(UpqJob):
     def run(self):
-        made = database.create_database(Settings.find(), self.jobdata["app"])
+        settings = Settings.read(Path(self.jobcfg["platform"], "deploy.ini"))
+        made = database.create_database(settings, self.jobdata["app"])
         self.msg(f"{made['name']} {'created' if made['created'] else 'was there'}")
         return made
