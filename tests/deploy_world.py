@@ -41,11 +41,11 @@ FIRST_UID = 61000
 PYTHON3 = """#!/bin/sh
 note() {{ echo "$*" >>{folder}/ledger; }}
 note begin $3 $4 $5
-while [ -e {folder}/hold-$3 ]; do sleep 0.02; done
+while [ -e {folder}/before-$3 ]; do sleep 0.02; done
 {python} "$@"
 status=$?
 note end $3 $4 $5 $status
-while [ -e {folder}/late-$3 ]; do sleep 0.02; done
+while [ -e {folder}/after-$3 ]; do sleep 0.02; done
 exit $status
 """
 #: A site without Django, for what is about tasks and not about sites.
@@ -368,12 +368,16 @@ class World:
         files = [*builds, *work.glob(f"appserver/*/*/{release}/steps.log")]
         return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
+    def gate(self, point: str) -> Path:
+        """While there is this file a task stops at `before deploy` or `after deploy`."""
+        when, _, task = point.partition(" ")
+        return self.folder / f"{when}-{task}"
+
     @contextlib.contextmanager
-    def held(self, task: str, when: str = "hold") -> Iterator[None]:
-        """Tasks of this name do not get on inside the block."""
-        file = self.folder / f"{when}-{task}"
-        file.touch()
+    def held(self, task: str) -> Iterator[None]:
+        """Tasks of this name do not begin inside the block."""
+        self.gate(f"before {task}").touch()
         try:
             yield
         finally:
-            file.unlink(missing_ok=True)
+            self.gate(f"before {task}").unlink(missing_ok=True)
