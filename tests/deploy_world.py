@@ -17,12 +17,14 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 from zipfile import ZipFile
 
 from aiosmtpd.controller import Controller
+from sqlalchemy import create_engine, text
 
 from tests.conftest import unavailable
 from tests.daemons import ROOT, Daemon, until
@@ -126,8 +128,10 @@ def fetch_wheels(folder: Path, python: str) -> None:
     assert len(wanted) == len(WHEELS)
     pip = [sys.executable, "-m", "pip", "--python", python, "download", "-q"]
     where = ["--no-deps", "--only-binary", ":all:", "-d", str(folder)]
-    said = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    subprocess.run([*pip, "--disable-pip-version-check", *where, *wanted], check=True, **said)
+    command = [*pip, "--disable-pip-version-check", *where, *wanted]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        unavailable(f"no wheels to build sites with: {done.stderr.strip().splitlines()[-1:]}")
     (django,) = folder.glob("django-*.whl")
     _slim(django)
 
@@ -160,9 +164,6 @@ class Platform(Daemon):
 
     def configure(self, config: str) -> None:
         """It has its own."""
-
-    def environment(self) -> dict[str, str]:
-        return {**os.environ, **self.env}
 
     def connect(self) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -237,10 +238,10 @@ class World:
         for made in (nginx / "sites", nginx / "store"):
             made.mkdir(parents=True)
         conf = self.folder / "nginx.conf"
-        text = conf.read_text().replace(":8080", f":{self.http}").replace(":8081", f":{self.store}")
-        conf.write_text(text)
+        said = conf.read_text().replace(":8080", f":{self.http}").replace(":8081", f":{self.store}")
+        conf.write_text(said)
         if os.geteuid() == 0:
-            user = re.search("^user ([^;]+);", text, re.M)
+            user = re.search("^user ([^;]+);", said, re.M)
             assert user
             shutil.chown(nginx / "store", user[1])
         command = [self.nginx, "-p", f"{nginx}/", "-c", str(conf)]
@@ -281,8 +282,8 @@ class World:
             self.daemon.start()
             until(lambda: self.page("nobody.example")[0] == 404)
             self.daemon.run("survey")
-        except BaseException:
-            self.__exit__()
+        except BaseException as error:
+            self.__exit__(type(error))
             raise
         return self
 
@@ -290,12 +291,14 @@ class World:
         self.mails.append(envelope.content)
         return "250 OK"
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, error: type[BaseException] | None = None, *_: object) -> None:
         self.daemon.kill9()
         self.post.stop()
         self.postgres.close()
         send(working_in(self.folder), signal.SIGKILL)
         self.proxy.wait()
+        if error is None:
+            self.daemon.has_behaved()
         shutil.rmtree(self.folder)
         self.undertaker.kill()  # there is nothing left for it
         self.undertaker.wait()
@@ -340,9 +343,8 @@ class World:
 
     def tear_down(self, app: str) -> None:
         """End the servers of an application, so that dozens of them do not fill the machine."""
-        for file in (self.folder / "var/work/appserver").glob(f"*/{app}/*/pid"):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(int(file.read_text().split()[0]), signal.SIGKILL)
+        for pid in self.servers_of(app):
+            os.killpg(pid, signal.SIGKILL)
 
     def page(self, host: str, path: str = "/") -> tuple[int, str]:
         """Status and text of a page, through nginx."""
@@ -367,6 +369,37 @@ class World:
         builds = work.glob(f"build/*/{release}/steps.log")
         files = [*builds, *work.glob(f"appserver/*/*/{release}/steps.log")]
         return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+    def servers_of(self, app: str) -> list[int]:
+        """The processes of an application's web servers that live, on all appservers."""
+        found = []
+        for file in (self.folder / "var/work/appserver").glob(f"*/{app}/*/pid"):
+            pid = int(file.read_text().split()[0])
+            with contextlib.suppress(OSError):
+                stat = Path(f"/proc/{pid}/stat").read_text()
+                found += [pid] if stat.rpartition(")")[2].split()[0] not in "ZX" else []
+        return found
+
+    def working_for(self, app: str) -> list[int]:
+        """The processes that work in the folders of an application."""
+        work = self.folder / "var/work"
+        folders = [*work.glob(f"build/{app}"), *work.glob(f"appserver/*/{app}")]
+        return [pid for folder in folders for pid in working_in(folder)]
+
+    def rows(self, query: str) -> list[Any]:
+        """What is in the tables that the jobs have made."""
+        engine = create_engine(f"sqlite:///{self.folder}/var/jobs.db")
+        with engine.connect() as connection:
+            return list(connection.execute(text(query)))
+
+    def set_load(self, **loads: float) -> None:
+        """How the appservers were last seen: `s1=0.5`."""
+        engine = create_engine(f"sqlite:///{self.folder}/var/jobs.db")
+        update = "UPDATE dz_appserver SET load = :load, seen_s = :now WHERE server = :server"
+        with engine.begin() as connection:
+            for name, load in loads.items():
+                row = {"load": load, "now": time.time(), "server": int(name[1:])}
+                connection.execute(text(update), row)
 
     def gate(self, point: str) -> Path:
         """While there is this file a task stops at `before deploy` or `after deploy`."""

@@ -21,7 +21,7 @@ from deploylib.placement import STALE_S, Seen, choose
 from deploylib.plan import Plan
 from deploylib.repo import guess
 from deploylib.settings import Settings, TaskError, valid_app
-from deploylib.steps import Steps, run, write_whole
+from deploylib.steps import Steps, forget, run, write_whole
 
 PLAN = """\
 [site]
@@ -151,6 +151,14 @@ def test_steps_of_before_the_machine_started_anew_are_done_again(
     (tmp_path / "boot").write_text("another\n")
     monkeypatch.setattr("deploylib.steps.BOOT_ID", tmp_path / "boot")
     assert Steps(tmp_path, ["one"], silent).do("one", lambda: 2) == 2
+
+
+def test_the_oldest_releases_are_forgotten_and_none_that_is_newer(tmp_path: Path) -> None:
+    for name in "9", "10", "12", "15", "home":
+        (tmp_path / name).mkdir()
+    assert forget(tmp_path, 12, keep=2) == [9]
+    assert forget(tmp_path, 12, keep=2) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "12", "15", "home"]
 
 
 def test_a_program_that_fails_is_told_by_its_last_line(capfd: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from deploylib import bundle, store
 from deploylib.plan import HOOKS, Plan
 from deploylib.settings import Settings, TaskError, valid_app
-from deploylib.steps import Report, Steps, as_user, group_folder, run, write_whole
+from deploylib.steps import Report, Steps, as_user, forget, group_folder, releases, run, write_whole
 
 STEPS = ["download", "create user", "extract", "run"]
 PATIENCE_S = 20.0
@@ -65,16 +65,11 @@ def manage(
 def retire(
     settings: Settings, report: Report, *, app: str, release: str, server: str
 ) -> dict[str, Any]:
-    """Stop all releases of a site but this one, and remove the oldest. What is kept can be run."""
+    """Stop the releases of a site before this one, and remove the oldest of them."""
     home = settings.folder("appserver", int(server), valid_app(app))
-    others = sorted(
-        int(path.name) for path in home.iterdir()
-        if path.name.isdecimal() and path.name != str(int(release))
-    )  # fmt: skip
-    stopped = [number for number in others if stop(home / str(number))]
-    removed = others[: max(len(others) - (settings.keep - 1), 0)]
-    for number in removed:
-        shutil.rmtree(home / str(number))
+    earlier = [number for number in releases(home) if number < int(release)]
+    stopped = [number for number in earlier if stop(home / str(number))]
+    removed = forget(home, int(release), settings.keep)
     report(1, 1, f"{len(stopped)} stopped, {len(removed)} removed")
     return {"stopped": stopped, "removed": removed}
 

@@ -14,7 +14,7 @@ from typing import Any
 from deploylib import repo as repos
 from deploylib.plan import Plan
 from deploylib.settings import Settings, TaskError, valid_app
-from deploylib.steps import Report, Steps, group_folder, run
+from deploylib.steps import Report, Steps, forget, group_folder, run
 
 STEPS = ["check out", "virtualenv", "install", "verify", "archive"]
 REQUIREMENT = re.compile(r"[A-Za-z0-9][\w.-]*(\[[\w,. -]*\])?\s*([<>=!~][\w.*+!<>=~, -]*)?")
@@ -38,6 +38,7 @@ def build_bundle(
     file, sha256, size_bytes = steps.do("archive", _archive, folder)
     for name in "site", "env":
         shutil.rmtree(folder / name, ignore_errors=True)
+    forget(folder.parent, int(release), settings.keep)
     return {
         "file": file, "sha256": sha256, "size_bytes": size_bytes, "commit": commit, "steps": STEPS,
     }  # fmt: skip

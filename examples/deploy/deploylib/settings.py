@@ -29,7 +29,7 @@ class Settings:
     server: str
     #: The first of the uids that sites run as; 0: they run as whoever runs this.
     first_uid: int
-    #: Releases of a site that are kept on an appserver.
+    #: Releases of a site of which builds and folders on appservers are kept.
     keep: int
     database_admin: str
     database_host: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -85,6 +86,20 @@ def group_folder(folder: Path, uid: int) -> Path:
         os.chown(folder, 0, uid)
         folder.chmod(0o2750)
     return folder
+
+
+def releases(folder: Path) -> list[int]:
+    """The releases that have a folder here, the oldest first."""
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+
+
+def forget(folder: Path, release: int, keep: int) -> list[int]:
+    """Remove the folders of all releases up to this one but the last `keep`; returns which."""
+    known = [number for number in releases(folder) if number <= release]
+    old = known[: max(len(known) - keep, 0)]
+    for number in old:
+        shutil.rmtree(folder / str(number))
+    return old
 
 
 def write_whole(file: Path, text: str, mode: int = 0o644) -> None:
