@@ -61,6 +61,7 @@ def site(world: World) -> Site:
 # The whole way
 
 
+@pytest.mark.slow
 def test_a_django_project_gets_from_its_repository_to_a_page_behind_nginx(world: World) -> None:
     repo = world.repository("hello", EXAMPLE / "sample")
     guesses = world.daemon.run(f"check_repo repo:{repo}")["result"]
@@ -294,6 +295,7 @@ def test_djz_19_the_entry_of_nginx_is_the_same_however_often_it_is_made(
     assert world.page("shop.example.org")[0] == 200
 
 
+@pytest.mark.slow
 def test_djz_20_old_versions_are_retired_and_come_back_by_a_rollback(world: World) -> None:
     first = world.deployed("versions")
     newer = {"app.py": PLAIN["app.py"].replace("Version 1", "Version 2")}
@@ -332,6 +334,7 @@ def test_djz_21_the_job_ends_with_the_address_of_the_site(world: World, site: Si
     assert world.page("shop.example.org")[0] == 200
 
 
+@pytest.mark.slow
 def test_djz_22_three_jobs_interleave_on_one_build_slot(world: World) -> None:
     with world.held("deploy"):
         ids = [world.ask_for(f"slot{n}") for n in range(3)]
@@ -384,6 +387,7 @@ PAIRS = [POINTS[n::9] for n in range(9)]
 
 
 # Twice each: a job during which the daemon dies for the third time has failed, reason crashed.
+@pytest.mark.slow
 @pytest.mark.parametrize("points", PAIRS, ids=", ".join)
 def test_djz_23_killed_at_a_step_the_site_is_up_and_nothing_finished_is_repeated(
     world: World, points: list[str]
