@@ -295,8 +295,10 @@ class World:
         self.daemon.kill9()
         self.post.stop()
         self.postgres.close()
-        send(working_in(self.folder), signal.SIGKILL)
-        self.proxy.wait()
+        self.proxy.terminate()  # by itself: of workers that are killed it makes new ones
+        self.proxy.wait(30)
+        while left := working_in(self.folder):
+            send(left, signal.SIGKILL)
         if error is None:
             self.daemon.has_behaved()
         shutil.rmtree(self.folder)
