@@ -11,11 +11,13 @@ while read -r program package; do
     command -v "$program" >/dev/null || missing="$missing $package"
 done <<LIST
 busybox busybox
+git git
 initdb postgresql
 libvirtd libvirt-daemon
 mariadbd mariadb-server-core
 my_print_defaults mariadb-client-core
 nc.openbsd netcat-openbsd
+nginx nginx-light
 pgrep procps
 php php-cli
 qemu-img qemu-utils
