@@ -1012,6 +1012,23 @@ def test_no_id_is_given_twice_to_many_threads(sqlite: Store) -> None:
     assert len(taken) == len(set(taken))
 
 
+def test_ids_do_not_go_back_when_a_later_block_is_there_first(
+    sqlite: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    act, others = sqlite.queue._act, []
+
+    def overtaken(run: Callable[[Any], Any]) -> int:
+        block = int(act(run))
+        monkeypatch.undo()
+        others.append(sqlite.queue.reserve_ids(1))
+        return block
+
+    sqlite.queue._skip_ids()
+    monkeypatch.setattr(sqlite.queue, "_act", overtaken)
+    mine = sqlite.queue.reserve_ids(1)
+    assert mine < others[0] < sqlite.queue.reserve_ids(1)
+
+
 def test_a_lane_made_by_two_at_once_is_one(url: str) -> None:
     with Store(url) as store, store.beside() as other:
         lanes: dict[str, set[int]] = {}

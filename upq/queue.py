@@ -345,6 +345,10 @@ class Queue:
         size = max(k, ID_BLOCK)
         block = int(self._act(lambda batch: batch.numbers("job", size)))
         with self._ids_lock:
+            if block < self._end_id:
+                # Another thread was given a later block and is here first. What is left of this
+                # one is lost: who takes an id after another has to get a larger one.
+                return block
             first = self._next_id if block == self._end_id else block
             self._next_id, self._end_id = first + k, block + size
             return first
