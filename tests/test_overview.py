@@ -443,14 +443,17 @@ def test_a_wait_for_the_whole_hears_of_what_comes_later(store: Store) -> None:
 def test_a_show_of_a_tree_of_ten_thousand_is_quick(store: Store) -> None:
     root = family_of(store, 10_000)
     seen = overview(store)
-    spent = []
+    wall, own = [], []
     for _ in range(5):
-        began_s = time.perf_counter()
+        began_s, own_s = time.perf_counter(), time.thread_time()
         shown = seen.show(root)
-        spent.append(time.perf_counter() - began_s)
-    print(f"show of 10,000 on {store.database.kind}: {min(spent) * 1000:.0f} ms")
+        wall.append(time.perf_counter() - began_s)
+        own.append(time.thread_time() - own_s)
+    print(f"show of 10,000 on {store.database.kind}: {min(wall) * 1000:.0f} ms,"
+          f" {min(own) * 1000:.0f} ms of them our own")  # fmt: skip
     assert shown["whole"]["total"] == 10_001 < COUNTED
-    assert min(spent) < (0.1 if store.database.kind == "sqlite" else 0.25)
+    assert min(own) < 0.1  # with SQLite that is all
+    assert min(wall) < 0.5
 
 
 @pytest.mark.alone
