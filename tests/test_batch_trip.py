@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import batches
 from tests.conftest import GIVEN, note_database
 from tests.daemons import ROOT, Daemon, acting_as, until
 from tests.servers import Server, short_folder
@@ -281,6 +284,26 @@ def test_batches_survive_a_kill(daemon: Daemon) -> None:
     assert daemon.ledger.count(f"report {id}") == 1
 
 
+def test_batches_are_whole_after_kills_at_random(url: str, short_tmp: Path) -> None:
+    """The short form of `python -m tests.batches --kills 100`."""
+    with batches.run(short_tmp, url) as daemon:
+        found = batches.kill_at_random(daemon, 6, random.Random(4))
+    assert found.batches > 0
+    assert (found.not_once, found.not_whole) == ([], [])
+
+
+@pytest.mark.alone
+def test_ten_thousand_members_and_their_follow_up_take_five_seconds(
+    url: str, short_tmp: Path
+) -> None:
+    with batches.run(short_tmp, url) as daemon:
+        cost = batches.measure(daemon, 10_000)
+    print(cost._replace(acks=sorted(cost.acks)[-3:], starts=sorted(cost.starts)[-3:]))
+    assert (cost.done, cost.reports) == (10_000, 1)
+    assert cost.followed_s <= batches.GOAL_S
+    assert cost.grown_mib <= 30
+
+
 # Clients
 
 
@@ -367,11 +390,11 @@ def test_the_command_line_makes_a_batch_of_its_lines(daemon: Daemon) -> None:
 
 
 def test_the_command_line_cancels_a_batch_with_a_line_that_is_refused(daemon: Daemon) -> None:
-    lines = "work\n" * 1000 + "nonsense\n"
+    lines = "work\n" * 250 + "nonsense\n"
     done = cli(daemon, "--then", "report", "-", stdin=lines)
     assert done.returncode == 1
     assert (
-        "ERR unknown_command job 1 of 1: no job type nonsense (after 1000 members; batch"
+        "ERR unknown_command job 1 of 1: no job type nonsense (after 250 members; batch"
         in done.stderr
     )
     id = int(done.stderr.split("batch ")[1].split()[0])

@@ -25,7 +25,7 @@ DEFAULT_SOCKET = "/run/upq/upq.sock"
 #: What one of many is: made by `job`, or a line of text.
 Submit = Mapping[str, Any] | str
 #: Members of a batch that are sent together, and the bytes at which they are.
-FILLED_AT_ONCE, FILLED_BYTES = 1000, wire.JSON_LIMIT_BYTES // 2
+FILLED_AT_ONCE, FILLED_BYTES = 250, wire.JSON_LIMIT_BYTES // 2
 _CLOSED = "the connection was closed after an error; connect() opens it again"
 
 
@@ -60,7 +60,7 @@ class Acks(list[Ack]):
 class Filling:
     """A batch that is being filled: what `Client.batch` returns.
 
-    Members are sent by the thousand, and the rest when the `with` block ends; then it is closed. An
+    Members are sent by the hundred, and the rest when the `with` block ends; then it is closed. An
     exception in the block cancels it. After an OSError `connect()` and `send()` go on where it was;
     a program that has died leaves the batch open: where its follow-up has a key of the program's
     own, the same members in the same order fill it from the start, and none is queued twice.
