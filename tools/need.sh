@@ -10,11 +10,14 @@ missing=
 while read -r program package; do
     command -v "$program" >/dev/null || missing="$missing $package"
 done <<LIST
-busybox busybox
+busybox busybox-static
 initdb postgresql
+ip iproute2
+lxc-start lxc
 mariadbd mariadb-server-core
 my_print_defaults mariadb-client-core
 nc.openbsd netcat-openbsd
+openssl openssl
 pgrep procps
 php php-cli
 rsyslogd rsyslog
