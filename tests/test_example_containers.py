@@ -571,19 +571,24 @@ def test_ovz_11_the_folder_of_the_records_can_be_chosen(make: Make) -> None:
         until(lambda: lines(host.folder / "var/elsewhere/startq.fail"))
 
 
+def template(host: Host, name: str) -> None:
+    """A template of that name, whose containers greet with it."""
+    assert host.box("create", "999", "--ostemplate=busybox").returncode == 0
+    root = host.folder / "var/boxes/999/rootfs"
+    (root / "etc/motd").write_text(name)
+    (host.folder / "templates").mkdir(exist_ok=True)
+    with tarfile.open(host.folder / f"templates/{name}.tar", "w") as archive:
+        archive.add(root, arcname=".")
+    host.box("destroy", "999")
+
+
 # What is edited where ------------------------------------------------------------------------
 
 
 def test_ovz_14_the_template_is_said_in_one_place_or_in_the_request(make: Make) -> None:
     host = make()
-    (host.folder / "templates").mkdir()
-    host.box("create", "999", "--ostemplate=busybox")
-    root = host.folder / "var/boxes/999/rootfs"
     for name in ("plain", "special"):
-        (root / "etc/motd").write_text(name)
-        with tarfile.open(host.folder / f"templates/{name}.tar", "w") as archive:
-            archive.add(root, arcname=".")
-    host.box("destroy", "999")
+        template(host, name)
     host.set("create", params="cid:int ostemplate=plain")
     with host:
         for cid, more, name in ((501, "", "plain"), (502, "ostemplate:special", "special")):
@@ -663,6 +668,21 @@ def test_ovz_17_a_user_has_one_request_at_a_time(host: Host) -> None:
     host.ask(f"resume {QUEUES['create']}")
     assert host.wait(id)["state"] == host.wait(other)["state"] == "done"
     assert host.submit("lease owner:ann cid:503 last:create") > other
+
+
+def test_a_request_that_has_failed_goes_on_where_it_failed(host: Host) -> None:
+    host.serve_mail()
+    id = host.submit(f"{OWNED} instances:2 last:setup ostemplate:late")
+    lease = host.wait(id)
+    assert lease["state"] == "failed"
+    assert re.search(r"create \d+ .*failed", lease["message"])
+    until(lambda: len(host.postbox.mails) == 2)
+
+    template(host, "late")
+    host.ask(f"retry {id}")
+    assert host.wait(id)["state"] == "done"
+    assert sorted(host.listed()) == ["501", "502"]
+    assert len(host.ask(f"show {id}")["children"]) == 4
 
 
 def test_ovz_17_a_stage_that_takes_too_long_is_ended(make: Make) -> None:
