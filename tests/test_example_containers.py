@@ -720,13 +720,15 @@ def test_ovz_17_what_has_ended_is_kept_for_600_seconds(make: Make) -> None:
 
 
 def test_a_container_survives_the_daemon_and_meets_its_end_with_the_next(each: Host) -> None:
-    id = each.submit("container cid:501 uptime:2")
-    each.until_at(id, "stop", "queued", "blocked")
+    each.ask(f"pause {QUEUES['stop']}")
+    id = each.submit("container cid:501 uptime:0")
+    each.until_at(id, "stop", "blocked")
     init = each.inside(501, "readlink /proc/1/ns/pid")
     each.kill9()
-    assert each.listed()["501"]["STATUS"] == "running"
+    assert each.inside(501, "readlink /proc/1/ns/pid") == init
     each.start()
     assert each.inside(501, "readlink /proc/1/ns/pid") == init
+    each.ask(f"resume {QUEUES['stop']}")
     each.until_at(id, "destroy", "done")
     assert [job["attempt"] for job in each.chain(id)] == [1] * 6
     assert each.listed() == {}
