@@ -329,6 +329,8 @@ def test_ovz_03_05_08_09_16_a_container_from_its_creation_to_its_end(each: Host)
         *((name, "done") for name in ("container", "create", "setup", "start")),
         ("stop", "blocked"),
     ]
+    tree = each.ask(f"show {id}")["tree"]
+    assert [(one["type"], one["state"]) for one in tree] == stages[1:]
     assert "paused" in each.why(stop["id"])
 
     # 08: another container is none of the chain's business.
