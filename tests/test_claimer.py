@@ -148,6 +148,22 @@ def test_queues_of_one_type_take_turns_also_while_jobs_come(line: Line) -> None:
     assert first == {one, two, new}
 
 
+@pytest.mark.parametrize("jobs", [["last"], ["first", "last"]])
+def test_room_that_one_queue_leaves_is_there_for_the_next(line: Line, jobs: list[str]) -> None:
+    go = threading.Event()
+    line.act = lambda job: go.wait(10) and None
+    line.pool(concurrent=2)
+    for name in ("first", "second", "last"):
+        line.store.queue.lane(name, "hash")
+    line.held = "paused"
+    line.begin()
+    ids = [line.store.submit(queue=name) for name in jobs]
+    line.held = ""
+    line.claimer.heat()
+    until(lambda: sorted(line.started) == ids)
+    go.set()
+
+
 def test_a_type_without_a_pool_waits(line: Line) -> None:
     line.begin()
     line.store.submit()

@@ -42,6 +42,12 @@ def late(self):
     except TimedOut as error:
         return str(error)
 
+def tells(self):
+    job = self.submit("child", queue="held")
+    self.progress(1, 3, "first")
+    self.progress(2, 3, "second")
+    job.wait()
+
 def some_badly(self):
     from upq import ChildFailed
     jobs = [self.submit("child", n=n) for n in (-1, 2, -3)]
@@ -150,6 +156,16 @@ def test_a_wait_whose_time_is_over_says_so(one: Daemon) -> None:
     one.ask("pause shut")
     result = one.run("parent how:late")["result"]
     assert result.startswith("child ") and result.endswith(" is still blocked")
+
+
+def test_what_a_parent_has_said_last_is_shown_while_it_waits(one: Daemon) -> None:
+    one.run("child @queue:held")
+    one.ask("pause held")
+    id = one.submit("parent how:tells")
+    until(lambda: (one.job(id)["progress"] or {}).get("text") == "second")
+    assert one.job(id)["state"] == "running"
+    one.ask("resume held")
+    assert one.wait(id)["state"] == "done"
 
 
 def test_gather_waits_for_all_and_names_each_that_failed(one: Daemon) -> None:

@@ -10,14 +10,17 @@ missing=
 while read -r program package; do
     command -v "$program" >/dev/null || missing="$missing $package"
 done <<LIST
-busybox busybox
+busybox busybox-static
 git git
 initdb postgresql
+ip iproute2
 libvirtd libvirt-daemon
+lxc-start lxc
 mariadbd mariadb-server-core
 my_print_defaults mariadb-client-core
 nc.openbsd netcat-openbsd
 nginx nginx-light
+openssl openssl
 pgrep procps
 php php-cli
 qemu-img qemu-utils

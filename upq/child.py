@@ -190,9 +190,10 @@ class RemoteDesk:
     def enqueue(
         self, parent: UpqJob, jobname: str, params: dict[str, Any], queue: str = ""
     ) -> RemoteJob:
-        return RemoteJob(self, self.ask("enqueue", jobname, params, queue), jobname)
+        return RemoteJob(self, parent, self.ask("enqueue", jobname, params, queue), jobname)
 
     def wait(self, parent: UpqJob, ids: Sequence[int], timeout_s: float | None = None) -> bool:
+        parent.show_progress()
         return bool(self.ask("wait", list(ids), timeout_s))
 
     def left_behind(self, parent: UpqJob) -> list[Any]:
@@ -225,17 +226,18 @@ class RemoteEnd:
         return self._job.state in FINAL
 
     def wait(self, timeout: float | None = None) -> bool:
-        return bool(self._job.desk.ask("wait", [self._job.jobid], timeout))
+        return self._job.desk.wait(self._job.parent, [self._job.jobid], timeout)
 
 
 class RemoteJob:
     """A job that this one has queued."""
 
-    def __init__(self, desk: RemoteDesk, id: int, name: str) -> None:
+    def __init__(self, desk: RemoteDesk, parent: UpqJob, id: int, name: str) -> None:
         self.jobid = id
         self.jobname = name
         self.finished = RemoteEnd(self)
         self.desk = desk
+        self.parent = parent
         self._ended: Sequence[Any] | None = None
 
     @property

@@ -6,6 +6,7 @@ import itertools
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection
 from typing import Protocol
 
@@ -323,9 +324,22 @@ class Claimer:
         if self._missed and booked:
             # Jobs came while all room was booked for this claim, which may not have seen them.
             return 0.0
+        if self._leaves_room(booked, claimed):
+            return 0.0
         # One that has opened since may have been passed over; what was open before waits for a
         # place, which wakes us.
         return self._patience([at for at in openings + self._openings() if at > now])
+
+    def _leaves_room(self, booked: list[Want], claimed: list[Job]) -> bool:
+        """Whether a lane was passed over since room was booked for one that did not need it."""
+        got = Counter(job.lane for job in claimed)
+        rooms = [want for want in booked if not isinstance(want, Draw)]
+        types = {self._queue.lanes[lane].type for lane, room in rooms if got[lane] < room}
+        hot = [self._queue.lanes.get(id) for id in set(self._hot)] if types else []
+        return any(
+            lane and lane.type in types and not self._rules.pool_of(lane) and not self._hold(lane)
+            for lane in hot
+        )
 
     def flush(self, deadline_s: float) -> bool:
         """Commit all that was posted; False when the database did not let it by the deadline.

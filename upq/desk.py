@@ -298,6 +298,7 @@ class JobDesk:
         if job is None or pool is None or not parent.in_own_thread:
             # A helper thread of the job holds no place that could be given back.
             return self._wait_out(parent, ids, timeout_s)
+        parent.show_progress()
         self._queue.set_reason(job, waits_reason(ids))
         self._count(1)
         pool.park(parent.token)

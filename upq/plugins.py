@@ -323,6 +323,8 @@ class UpqJob(Steps):
         self._thread_ident = threading.get_ident()
         self._progress_at_s = 0.0
         self.last_progress: dict[str, Any] | None = None
+        #: The last report, if it came too soon to be stored.
+        self._unshown: dict[str, Any] | None = None
         #: Sees to it that the job ends once `cancel()` has asked for it.
         self.ender: Callable[[UpqJob], None] | None = None
         if self.declared is not None:
@@ -423,7 +425,10 @@ class UpqJob(Steps):
         return self.jobcfg.get(name, default)
 
     def progress(self, done: float, total: float | None = None, text: str = "") -> None:
-        """Show how far the job is. Cheap to call often: two a second are stored, and the last."""
+        """Show how far the job is. Cheap to call often: two a second are stored, and the last.
+
+        What was said before a wait for another job is stored, too.
+        """
         for number in (done, total):
             if number is not None and not (
                 isinstance(number, int | float) and math.isfinite(number)
@@ -431,11 +436,15 @@ class UpqJob(Steps):
                 self.logger.warning("progress(%r, %r): no numbers, left out", done, total)
                 return
         text = scrub(str(text), self.hidden)
-        self.last_progress = {"done": done, "total": total, "text": text}
-        now = time.monotonic()
-        if now - self._progress_at_s >= PROGRESS_S:
-            self._progress_at_s = now
-            self._need_desk().progress(self, self.last_progress)
+        self.last_progress = self._unshown = {"done": done, "total": total, "text": text}
+        if time.monotonic() - self._progress_at_s >= PROGRESS_S:
+            self.show_progress()
+
+    def show_progress(self) -> None:
+        """Have the last report stored, however soon it came: none may follow for long."""
+        if self._unshown is not None:
+            self._need_desk().progress(self, self._unshown)
+            self._unshown, self._progress_at_s = None, time.monotonic()
 
     def append_job(self, jobname: str, params: Mapping[str, Any] | None = None) -> None:
         """Put a step in front of those that follow this job; params join the shared jobdata."""
