@@ -191,6 +191,18 @@ def test_when_ended_the_follow_up_is_told_of_what_failed(daemon: Daemon) -> None
     assert ended["result"] == {**counts, "ids": ids}
 
 
+@pytest.mark.parametrize("when", ["done", "ended"])
+def test_an_open_batch_goes_on_whatever_has_failed(daemon: Daemon, when: str) -> None:
+    reply = many(daemon, submit_many=["work bad:1"], then="report", when=when, open=True)
+    id = reply["batch"]
+    daemon.wait(reply["jobs"][0]["id"])
+    assert daemon.ask(f"show {id}")["whole"]["state"] == "running"
+    assert daemon.say(f"wait {id} whole:yes timeout:100ms").startswith("ERR timeout")
+    many(daemon, batch=id, close=True)
+    whole = daemon.ask(f"wait {id} whole:yes timeout:20s")["whole"]
+    assert whole["state"] == {"done": "failed", "ended": "done"}[when]
+
+
 def test_a_batch_that_is_never_closed_is_found_and_cancelled(daemon: Daemon) -> None:
     id = many(daemon, submit_many=work(1), then="report", open=True)["batch"]
     blocked = daemon.ask("jobs state:blocked limit:1000")["jobs"]

@@ -14,13 +14,13 @@ import sqlalchemy as sa
 from upq import schema, when
 from upq.db import Database
 from upq.errors import NotFound
-from upq.job import BLOCKED, DONE, FAILED, FINAL, QUEUED, RUNNING, STATES
+from upq.job import BLOCKED, DONE, ENDED, FAILED, FINAL, QUEUED, RUNNING, STATES
 from upq.limits import is_paced, kept_text
 from upq.members import kept_batch
 from upq.record import LOCKED
 from upq.secret import mask, scrub, secret_texts
 from upq.sql import Sql
-from upq.statements import AGAIN, AWAITED_BY, CHUNK, LINE, MEMBER, MEMBERS_OF, RATE
+from upq.statements import AGAIN, AWAITED_BY, CHUNK, LINE, MEMBER, MEMBERS_OF, OPTIONS_OF, RATE
 from upq.vault import NoKey, Vault
 from upq.whole import Member
 
@@ -397,8 +397,17 @@ class Views:
         return found[:most], len(found) > most
 
     def needs(self, ids: Iterable[int]) -> list[tuple[int, int, str]]:
-        """What these jobs wait for: each with one that has to be done before, and its state."""
-        return [(row[0], row[1], row[2]) for row in self._sql(AWAITED_BY, [(id,) for id in ids])]
+        """What these jobs wait for: each with one that has to be done before, and its state.
+
+        But for batches that may get more members, or need no more than their ends.
+        """
+        wanted = [(id,) for id in ids]
+        batches = {id: kept_batch(options) for id, options in self._sql(OPTIONS_OF, wanted)}
+        free = {
+            id for id, kept in batches.items() if kept and (kept["open"] or kept["when"] == ENDED)
+        }
+        found = self._sql(AWAITED_BY, wanted)
+        return [(row[0], row[1], row[2]) for row in found if row[0] not in free]
 
     def listed(self, ids: Collection[int]) -> dict[int, dict[str, Any]]:
         """These jobs as a list shows them."""
