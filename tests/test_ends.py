@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import sqlite3
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -220,6 +222,25 @@ def run(self):
         job = daemon.wait(id)
         assert (job["state"], job["reason"], daemon.ledger) == ("failed", "crashed", ["start"] * 3)
         assert daemon.run("quick")["state"] == "done"
+
+
+def test_an_end_that_the_database_refuses_fails_the_job_and_is_told(short_tmp: Any) -> None:
+    config = "[job quick]\nsubjobs = after\non_fail = rescue\n[job after]\n[job rescue]"
+    body = "def run(self): note(type(self).__name__)"
+    with Daemon(short_tmp, config, quick=body, after=body, rescue=body) as daemon:
+        with closing(sqlite3.connect(daemon.folder / "state/upq.db")) as database:
+            database.execute(
+                "CREATE TRIGGER no BEFORE UPDATE ON upq_job WHEN new.state = 'done' AND"
+                " new.type = 'quick' BEGIN SELECT RAISE(ABORT, 'not this one'); END"
+            )
+        daemon.forgiven.append("cannot be stored")
+        job = daemon.run("quick")
+        assert (job["state"], job["reason"]) == ("failed", "cannot be stored")
+        assert "not this one" in job["message"]
+        daemon.until_noted("Rescue")
+        assert daemon.ledger == ["Quick", "Rescue"]
+        assert "finished: failed" in daemon.log
+        assert f"(quick:{job['id']}) finished: done" not in daemon.log
 
 
 # The parts

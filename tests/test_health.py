@@ -214,10 +214,10 @@ def test_an_end_that_is_not_ours_is_not_counted(store: Store, clock: list[int]) 
     job = store.claim_one()
     wish = Wish(HOURLY, False, describe(job, Outcome(FAILED)))
     told: list[bool] = []
-    store.queue.finish(job, Outcome(FAILED), (), told.append, wish)
+    store.queue.finish(job, Outcome(FAILED), (), told.append, wish=wish)
     store.flush()
-    store.queue.finish(job._replace(token=job.token + 1), Outcome(FAILED), (), told.append, wish)
-    store.queue.finish(job, Outcome(FAILED), (), told.append, wish)  # the same once more
+    store.queue.finish(job._replace(token=job.token + 1), Outcome(FAILED), (), told.append, wish=wish)
+    store.queue.finish(job, Outcome(FAILED), (), told.append, wish=wish)  # the same once more
     store.flush()
     assert told == [True, False, True]
     assert of_health(store).failures == 1

@@ -30,6 +30,7 @@ from upq.job import (
     QUEUED,
     REPLACE,
     RUNNING,
+    UNSTORABLE,
     Accepted,
     Job,
     Limits,
@@ -110,6 +111,8 @@ class Finish:
     told: Callable[[bool], None] | None = None
     #: For a type that is told of by its health.
     wish: Wish | None = None
+    #: Hears in place of `told` that the database refuses it for good: another end has to come.
+    refused: Callable[[Exception], None] | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -120,11 +123,12 @@ class Finish:
         return len(self.result or "") + len(self.data or "") + 4 * text + then
 
     def instead(self, error: Exception) -> Finish | None:
-        if self.outcome.reason == "cannot be stored":
+        if self.refused is not None:
+            self.refused(error)
             return None
-        outcome = Outcome(
-            FAILED, f"its result cannot be stored: {error}", reason="cannot be stored"
-        )
+        if self.outcome.reason == UNSTORABLE:
+            return None
+        outcome = Outcome(FAILED, f"its end cannot be stored: {error}", reason=UNSTORABLE)
         return Finish(self.job, outcome, None, None, None, None, self.told)
 
 

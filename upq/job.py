@@ -37,6 +37,9 @@ Chain = Sequence[str | Sequence[str]]
 #: Names for `@priority:`; larger goes first.
 PRIORITIES = {"high": 10, "default": 0, "low": -10}
 
+#: The reason of a job whose end the database has refused.
+UNSTORABLE = "cannot be stored"
+
 #: Bytes of JSON that a stored result, jobdata that a job has changed, or a child's params may have.
 RESULT_LIMIT_BYTES = 1 << 20
 

@@ -475,12 +475,15 @@ class Queue:
         outcome: Outcome,
         then: Sequence[NewJob] = (),
         told: Callable[[bool], None] | None = None,
+        *,
         wish: Wish | None = None,
+        refused: Callable[[Exception], None] | None = None,
     ) -> None:
         """End one attempt, with what follows it, in one transaction; kept through any outage.
 
         Returns at once. `told` hears after the commit whether the claim was still ours; what a
         lost claim has done is not written. `wish` is for a type that is told of by its health.
+        `refused` hears that the database does not take this end; without it the job is failed.
         Raises ValueError when the result is no JSON.
         """
         outcome.message, outcome.reason = clean(outcome.message), clean(outcome.reason)
@@ -501,6 +504,7 @@ class Queue:
                 self._change(then) if then else None,
                 told,
                 wish,
+                refused,
             )
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,7 +31,18 @@ from upq.errors import BadParams, RequestError
 from upq.executor import Executor, Threads
 from upq.health import Wish
 from upq.interrupt import Abandoned
-from upq.job import CANCELLED, DONE, EXPIRED, FAILED, QUEUED, Chain, Job, NewJob, Outcome
+from upq.job import (
+    CANCELLED,
+    DONE,
+    EXPIRED,
+    FAILED,
+    QUEUED,
+    UNSTORABLE,
+    Chain,
+    Job,
+    NewJob,
+    Outcome,
+)
 from upq.jobtypes import JobType, JobTypes
 from upq.keeper import Keeper
 from upq.plugins import MESSAGE_LIMIT, Desk, UpqJob, blame, follow_up
@@ -342,10 +354,16 @@ class Runner:
             if ours:
                 self._say_end(job, outcome, took_s)
 
+        def refused(error: Exception) -> None:
+            # This is the writer's thread, which is needed for what follows.
+            args = (job, error, started_s)
+            threading.Thread(target=self._end_badly, args=args, name="end", daemon=True).start()
+
         while True:
             try:
                 wish = self.wish(job, outcome)
-                self._queue.finish(job, outcome, then, told, wish)
+                another = refused if outcome.reason != UNSTORABLE else None
+                self._queue.finish(job, outcome, then, told, wish=wish, refused=another)
                 return
             except RequestError as error:
                 # What follows needs ids from the database: the end waits in this thread for it.
@@ -355,6 +373,15 @@ class Runner:
                 log.exception("its end cannot be stored")
                 outcome = Outcome(FAILED, f"its end cannot be stored: {one_line(error)}")
                 then = []
+
+    def _end_badly(self, job: Job, error: Exception, started_s: float) -> None:
+        """Fail a job whose end the database does not take, and tell that."""
+        with logs.job(job.type, job.id, job.root):
+            text = f"its end cannot be stored: {one_line(error)}"
+            outcome = Outcome(FAILED, text, reason=UNSTORABLE)
+            kind = self._types.by_name.get(job.type)
+            then = self._then(job, kind, None, outcome) if kind is not None else []
+            self._end(job, outcome, then, started_s)
 
     def _say_end(self, job: Job, outcome: Outcome, took_s: float) -> None:
         """The one log line of an end, once it is on disk; in any thread."""
