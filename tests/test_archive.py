@@ -432,7 +432,11 @@ def test_a_damaged_file_is_not_compressed(compress: Run, file: Path, files: Path
     assert left(files) == [NAME]
 
 
-@pytest.mark.parametrize("there", [b"another", gzip.compress(b"x"), gzip.compress(BODY)[:-9]])
+@pytest.mark.parametrize(
+    "there",
+    [b"another", gzip.compress(b"x"), gzip.compress(BODY)[:-9]],
+    ids=["no archive", "of another file", "half of it"],
+)
 def test_no_file_is_overwritten_by_an_archive(
     compress: Run, file: Path, files: Path, there: bytes
 ) -> None:

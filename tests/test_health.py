@@ -216,7 +216,9 @@ def test_an_end_that_is_not_ours_is_not_counted(store: Store, clock: list[int]) 
     told: list[bool] = []
     store.queue.finish(job, Outcome(FAILED), (), told.append, wish=wish)
     store.flush()
-    store.queue.finish(job._replace(token=job.token + 1), Outcome(FAILED), (), told.append, wish=wish)
+    store.queue.finish(
+        job._replace(token=job.token + 1), Outcome(FAILED), (), told.append, wish=wish
+    )
     store.queue.finish(job, Outcome(FAILED), (), told.append, wish=wish)  # the same once more
     store.flush()
     assert told == [True, False, True]
@@ -255,7 +257,7 @@ def test_a_type_that_does_not_ask_costs_no_statement(
     monkeypatch.setattr(Tx, "run", counted)
     store.queue.finish(job, Outcome(FAILED, "no"))
     store.flush()
-    assert len(ran) == 5, ran  # the job, its dependents, the counts, the number, the event
+    assert len(ran) == 6, ran  # cancelled?, the job, its dependents, the counts, the number, event
     assert not any("health" in text for text in ran)
 
 
