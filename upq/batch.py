@@ -59,6 +59,10 @@ EVENT_MESSAGE = 4000
 #: So many jobs of a lane, or whatever goes first in a pool.
 Want = tuple[int, int] | Draw
 
+IDEM_KEY, CHILD_KEY = st.AT["idem_key"], st.AT["child_key"]
+#: Of each type and line, the jobs before one; for submits without limits, which count nothing.
+NONE_BEFORE: Counter[str] = Counter()
+
 
 @dataclass(slots=True)
 class Submit:
@@ -80,7 +84,9 @@ class Submit:
     @property
     def replaces(self) -> bool:
         """Whether any of the jobs takes the place of others."""
-        return any(one is not None and one.when_busy == REPLACE for one in self.limits or ())
+        if self.limits is None:
+            return False
+        return any(one is not None and one.when_busy == REPLACE for one in self.limits)
 
     def instead(self, error: Exception) -> None:
         return None
@@ -330,7 +336,7 @@ class Batch:
         fresh: list[list[Any]] = []
         edges: list[tuple[int, int]] = []
         for one in submits:
-            if fresh and one.limits is not None and one.rows[0][st.AT["child_key"]] is not None:
+            if fresh and one.limits is not None and one.rows[0][CHILD_KEY] is not None:
                 # Its check looks at who waits for whom, in the tables.
                 self.store(fresh, edges)
                 fresh, edges = [], []
@@ -427,25 +433,28 @@ class Batch:
         self, one: Submit, known: dict[str, tuple[int, str]]
     ) -> tuple[list[Accepted], list[list[Any]], list[tuple[int, int]]]:
         """What of one submit is new. Raises before anything is noted."""
+        row = one.rows[0] if len(one.rows) == 1 else None
+        if row and not (row[IDEM_KEY] or row[CHILD_KEY] or one.limits or one.after[0]):
+            return [Accepted(row[0])], one.rows, []
         accepted: list[Accepted] = []
         fresh: list[list[Any]] = []
         edges: list[tuple[int, int]] = []
         own: dict[str, tuple[int, str]] = {}
-        before: Counter[str] = Counter()
+        before: Counter[str] = Counter() if one.limits else NONE_BEFORE
         limits = one.limits or [None] * len(one.rows)
         for row, after, limit in zip(one.rows, one.after, limits, strict=True):
-            key = row[st.AT["idem_key"]] or row[st.AT["child_key"]]
+            key = row[IDEM_KEY] or row[CHILD_KEY]
             found = known.get(key) or own.get(key) if key else None
             if found is not None:
                 params = row[st.AT["params"]]
-                if row[st.AT["idem_key"]] and not self._home.vault.same(found[1], params):
+                if row[IDEM_KEY] and not self._home.vault.same(found[1], params):
                     raise KeyConflict(f"job {found[0]} has this key, with other params")
                 accepted.append(Accepted(found[0], duplicate=True))
                 continue
             if limit is not None:
                 unique = row[st.AT["uniq_key"]]
                 found = known.get(unique) or own.get(unique) if unique else None
-                if row[st.AT["child_key"]] is not None:
+                if row[CHILD_KEY] is not None:
                     self.limiter.check_child(row, found)
                 if found is not None:
                     accepted.append(Accepted(found[0], duplicate=True))

@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 import traceback
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -309,10 +309,10 @@ class UpqJob(Steps):
         #: The claim, while it runs; a command's processes carry it.
         self.token = 0
         #: How many jobs of each kind this attempt has queued: what names them after a crash.
-        self.asked: Counter[str] = Counter()
+        self.asked: dict[str, int] = defaultdict(int)
         #: These jobs.
         self.children: set[int] = set()
-        self._steps: Counter[str] = Counter()
+        self._steps: dict[str, int] = defaultdict(int)
         self._chain = list(chain)
         self._desk = desk
         self._output_limit_bytes = output_limit_bytes

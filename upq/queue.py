@@ -396,7 +396,7 @@ class Queue:
     def _change(self, jobs: Sequence[NewJob]) -> Submit:
         now = when.now()
         first = self._first_id(jobs)
-        if any(one.joins for one in jobs):
+        if len(jobs) > 1 and any(one.joins for one in jobs):
             tie(jobs, first)
         return self._submit_of(jobs, [self.row(one, first + i, now) for i, one in enumerate(jobs)])
 
