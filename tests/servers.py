@@ -349,6 +349,7 @@ class MariaDB(PrivateServer):
         return [
             *(self._install_db, "--no-defaults", "--auth-root-authentication-method=normal"),
             *("--skip-test-db", "--skip-name-resolve", f"--datadir={self.folder}/data"),
+            f"--tmpdir={self.folder}",  # a server that starts removes what others have in /tmp
         ]
 
     def _server_command(self) -> list[str]:

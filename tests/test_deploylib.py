@@ -193,8 +193,9 @@ def test_a_bundle_may_link_to_the_system_s_python_and_to_nothing_else(tmp_path: 
     good = bundle_of(tmp_path, ("env/bin/python3", "/usr/bin/python3"), ("env/lib64", "lib"))
     extract(good, sha256_of(good), target)
     assert (target / "env/bin/python3").readlink() == Path("/usr/bin/python3")
-    bad = bundle_of(tmp_path, ("site/secrets", "/etc"))
-    with pytest.raises(tarfile.FilterError):
-        extract(bad, sha256_of(bad), target)
+    for name, leads_to in (("site/secrets", "/etc"), ("site/up", "../../x"), ("../x", "y")):
+        bad = bundle_of(tmp_path, (name, leads_to))
+        with pytest.raises(TaskError, match="leads out of its folder"):
+            extract(bad, sha256_of(bad), target)
     with pytest.raises(TaskError, match="is not the bundle"):
         extract(bad, "0" * 64, target)

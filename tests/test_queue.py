@@ -39,6 +39,7 @@ from upq.queue import CRASH_LIMIT, ID_BLOCK
 from upq.record import encode
 from upq.sql import Sql, Tx
 from upq.statements import CHUNK
+from upq.views import End
 
 job, event, tally = schema.job, schema.event, schema.tally
 
@@ -196,7 +197,7 @@ def test_a_job_waits_for_those_before_it(store: Store) -> None:
     assert store.views.job(last)["state"] == BLOCKED
     assert store.views.job(last)["reason"] == f"waits for {first}, {second}"
     assert [one.id for one in store.claim(9)] == [first, second]
-    assert [id for id, _ in store.views.awaited(last)] == [first, second]
+    assert [id for id, _ in store.views.awaited(last)[0]] == [first, second]
 
 
 def test_a_job_goes_on_when_the_last_before_it_is_done(store: Store) -> None:
@@ -551,7 +552,7 @@ def test_a_result_at_its_limit_survives(store: Store, text: str) -> None:
     result = text * ((RESULT_LIMIT_BYTES - 2) // (len(encode(text)) - 2))
     id = store.submit()
     assert end(store, store.claim_one(), result=result)
-    assert store.views.end(id) == (DONE, result, "", "")
+    assert store.views.end(id) == End(DONE, result, "")
 
 
 QUOTES = '"' * (MIB // 2 - 1)

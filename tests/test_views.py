@@ -25,7 +25,7 @@ from upq.job import (
     Outcome,
     Output,
 )
-from upq.views import AHEAD_LIMIT, LIST_CHARS, LIST_LIMIT, LOOK_ROWS, Filter, Views
+from upq.views import AHEAD_LIMIT, LIST_CHARS, LIST_LIMIT, LOOK_ROWS, End, Filter, Views
 
 database, url, store = stores.database, stores.url, stores.store
 
@@ -80,7 +80,8 @@ def test_what_is_not_there_is_not_found(store: Store) -> None:
     for ask in (store.views.job, store.views.end, store.views.output):
         with pytest.raises(NotFound, match="no job 77"):
             ask(77)
-    assert store.views.history(77) == store.views.children(77) == store.views.awaited(77) == []
+    assert store.views.history(77) == store.views.children(77) == []
+    assert store.views.awaited(77) == ([], 0)
     assert store.views.child("no such key") is None
 
 
@@ -88,7 +89,7 @@ def test_the_end_of_a_job_is_none_before_it(store: Store) -> None:
     id = store.submit()
     assert store.views.end(id) is None
     end(store, result={"n": 1}, message="well")
-    assert store.views.end(id) == (DONE, {"n": 1}, "well", "")
+    assert store.views.end(id) == End(DONE, {"n": 1}, "well")
 
 
 def test_a_job_without_output_says_so(store: Store) -> None:
@@ -118,7 +119,7 @@ def test_children_and_those_awaited_are_listed_by_id(store: Store) -> None:
     children = [store.submit(parent=parent, root=parent) for _ in range(2)]
     assert ids(store.views.children(parent)) == children
     last = store.submit(after=(children[1], children[0]))
-    assert store.views.awaited(last) == [(children[0], QUEUED), (children[1], QUEUED)]
+    assert store.views.awaited(last) == ([(children[0], QUEUED), (children[1], QUEUED)], 2)
 
 
 def test_a_child_is_found_by_its_key(store: Store) -> None:

@@ -97,12 +97,24 @@ def extract(file: Path, sha256: str, folder: Path) -> None:
         raise TaskError(f"{file} is not the bundle {sha256}")
     for name in "site", "env":
         shutil.rmtree(folder / name, ignore_errors=True)
+    # Debian 12's Python has no filters yet, later ones refuse the link to the system's Python.
+    trusted: dict[str, Any] = {"filter": "fully_trusted"} if hasattr(tarfile, "data_filter") else {}
     with tarfile.open(file) as archive:
-        archive.extractall(folder, filter=_inside)
+        archive.extractall(folder, [_checked(member) for member in archive], **trusted)
 
 
-def _inside(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:
-    """Nothing that leads out, but for the link to the system's Python that an environment has."""
-    if member.issym() and member.name.startswith("env/bin/python"):
-        return member.replace(uid=None, gid=None, uname=None, gname=None, deep=False)  # type: ignore[arg-type]
-    return tarfile.data_filter(member, folder)
+def _checked(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    """The member, if nothing of it leads out, but for the link to the system's Python that an
+    environment has. Raises TaskError.
+    """
+    places = [member.name]
+    if member.islnk():
+        places.append(member.linkname)
+    elif member.issym() and not re.fullmatch(r"env/bin/python[\d.]*", member.name):
+        places.append(os.path.join(os.path.dirname(member.name), member.linkname))
+    leads_out = any(os.path.normpath(place).split("/")[0] in ("", "..") for place in places)
+    if leads_out or not (member.isfile() or member.isdir() or member.issym() or member.islnk()):
+        raise TaskError(f"the bundle leads out of its folder: {member.name}")
+    member.uid, member.gid, member.uname, member.gname = os.geteuid(), os.getegid(), "", ""
+    member.mode &= 0o755
+    return member
