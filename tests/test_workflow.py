@@ -266,6 +266,24 @@ def test_a_join_waits_for_what_a_branch_has_appended_and_gets_its_result(plant: 
     assert set(join["jobdata"]) == {"seed", "left", "right"}
 
 
+@pytest.mark.parametrize("repeated", ["join", "other"])
+def test_a_join_does_not_wait_for_a_repeated_step_that_waits_for_it(
+    plant: Plant, repeated: str
+) -> None:
+    plant.offer("first", subjobs="(left right) join")
+    plant.offer("left", f"self.append_job('{repeated}')\nreturn 1")
+    plant.offer("right", "return 2")
+    plant.offer("join other", unique="true")
+    plant.start()
+    join = plant.one("join")["id"]
+    limits = plant.types.get("other").limits({}, None)
+    plant.store.submit("other", after=(join,), limits=limits)
+    plant.next("right"), plant.next("left")
+    assert plant.one("join")["jobdata"] == {"left": 1, "right": 2}
+    plant.next("join"), plant.next("other")
+    assert plant.state("join") == plant.state("other") == DONE
+
+
 def test_what_a_branch_appends_hides_no_branch_that_has_failed(plant: Plant) -> None:
     fork(plant)
     plant.offer("left", "return False")

@@ -674,6 +674,7 @@ class Batch:
             if (join := one.job.options.get(JOIN)) is not None and one.then is not None
             for row, new in zip(one.then.rows, follow, strict=True)
             if option(row[st.AT["options"]], JOIN) == join
+            and not (new.duplicate and self.limiter.is_behind(new.id, join))
         }
         if steps:
             self._joins.stand_in(steps)
