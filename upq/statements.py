@@ -524,6 +524,7 @@ ADD_STEP = Sql(
 )
 
 LANES = Sql(sa.select(lane.c.id, lane.c.queue, lane.c.type, lane.c.paused))
+LADEN_LANES = Sql(sa.select(tally.c.lane).where(tally.c.state == QUEUED, tally.c.n > 0))
 FIND_LANE = Sql(
     sa.select(lane.c.id).where(
         lane.c.queue == word("queue"), lane.c.type == word("type"), lane.c.node == ""
