@@ -522,6 +522,7 @@ ADD_STEP = Sql(
         job=big("job"), key=word("key"), name=word("name"), result=word("result"), at=big("now")
     )
 )
+DROP_STEP = Sql(sa.delete(step).where(step.c.job == big("job"), step.c.key == word("key")))
 
 LANES = Sql(sa.select(lane.c.id, lane.c.queue, lane.c.type, lane.c.paused))
 LADEN_LANES = Sql(sa.select(tally.c.lane).where(tally.c.state == QUEUED, tally.c.n > 0))
