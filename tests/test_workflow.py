@@ -341,6 +341,16 @@ def test_groups_may_come_one_after_another_with_a_job_between(plant: Plant) -> N
     assert plant.one("e")["parent"] == plant.one("c")["id"]
 
 
+def test_a_job_with_a_time_of_its_own_is_retried_without_the_delay_of_its_type(
+    plant: Plant,
+) -> None:
+    plant.offer("late", "return False", delay="{wait}")
+    id = plant.start("late", run_at=when.now() - 1)
+    plant.store.queue.retry(id, "root")
+    plant.next("late")
+    assert (plant.state("late"), plant.one("late")["reason"]) == (FAILED, "")
+
+
 @pytest.mark.parametrize("appends", [False, True])
 def test_branches_that_end_at_once_on_two_daemons_both_come_through(
     plant: Plant, appends: bool
