@@ -11,6 +11,7 @@ from tests.stores import Store
 from tests.test_pool import until
 from upq import UpqJob, when
 from upq import claimer as module
+from upq.batch import Want
 from upq.claimer import Claimer
 from upq.errors import Unavailable
 from upq.job import DONE, QUEUED, RUNNING, Job, NewJob, Outcome
@@ -162,6 +163,37 @@ def test_room_that_one_queue_leaves_is_there_for_the_next(line: Line, jobs: list
     line.claimer.heat()
     until(lambda: sorted(line.started) == ids)
     go.set()
+
+
+def test_queues_in_which_nothing_is_queued_are_not_looked_into(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a database that others write to, too, whose jobs nobody tells us of."""
+    queue = line.store.queue
+    monkeypatch.setattr(type(queue), "shared", True)
+    monkeypatch.setattr(module, "POLL_S", 0.05)
+    looks: list[int] = []
+
+    def look() -> set[int]:
+        looks.append(len(claims))
+        return laden()
+
+    def claim(wants: list[Want]) -> list[Job]:
+        claims.extend(wants)
+        return claimed(wants)
+
+    claims: list[Want] = []
+    laden, claimed = queue.laden, queue.claim
+    monkeypatch.setattr(queue, "laden", look)
+    monkeypatch.setattr(queue, "claim", claim)
+    for n in range(20):
+        queue.lane(f"queue{n}", "hash")
+    line.pool()
+    id = line.store.submit(queue="queue17")
+    line.begin()
+    until(lambda: line.started == [id])
+    until(lambda: len(looks) > 5)
+    assert len(claims) < 10
 
 
 def test_a_type_without_a_pool_waits(line: Line) -> None:

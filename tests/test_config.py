@@ -634,6 +634,17 @@ FAULTS = [
     (f"[job a]\nqueue = {'a' * 256}", 2, "has more than 255 characters"),
     ("[job a]\nparams = fid\nqueue = a.{fed}", 3, "queue: no parameter 'fed' (did you mean fid?)"),
     ("[job a]\nparams = fid\nsecret = fid\nqueue = a.{fid}", 4, "queue: fid is secret, and"),
+    (
+        "[job a]\nsecret = pw\nsubjobs = b (c d)\n[job b]\non_done = e\n[job c]\n"
+        "[job d]\n[job e]\nqueue = e.{pw}",
+        9,
+        "queue: pw is secret in [job a], which hands it on, and would be shown",
+    ),
+    (
+        "[job a]\nsecret = pw\nsubjobs = (b c)\n[job b]\n[job c]\nrate = 1/s per {pw}",
+        6,
+        "rate: pw is secret in [job a], which hands it on, and would be shown",
+    ),
     ("[autoscale a]\nmin = 1", 1, "[autoscale a]: not yet available in this version"),
     # Keys
     ("[db]\nulr = x", 2, "no setting 'ulr' in [db] (did you mean url?)"),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from upq import UpqJob
 from upq.desk import Ends, JobDesk
 from upq.errors import Unavailable, UpqError
 from upq.events import Event
-from upq.job import DONE, FAILED, QUEUED, Accepted, Job, NewJob, Outcome
+from upq.job import DONE, FAILED, QUEUED, Accepted, Job, Limits, NewJob, Outcome
 from upq.pool import Pool
 
 
@@ -103,6 +104,40 @@ def test_after_a_crash_a_failed_child_is_back_as_failed(office: Office, parent: 
     office.end(office.store.claim_one("reverify"), FAILED)
     again = rerun(office, parent).enqueue_newjob("reverify")
     assert (again.jobid, again.state) == (child.jobid, FAILED)
+
+
+@pytest.fixture
+def other(office: Office, parent: UpqJob, monkeypatch: pytest.MonkeyPatch) -> int:
+    """A job that stands in for all children: they are unique."""
+    limits = Limits("one")
+    monkeypatch.setattr(
+        office, "submit_child", lambda new: office.store.accepted(replace(new, limits=limits))[0]
+    )
+    return office.store.submit("reverify", limits=limits)
+
+
+def test_after_a_crash_a_repeated_child_is_the_job_that_it_was(
+    office: Office, parent: UpqJob, other: int
+) -> None:
+    assert parent.enqueue_newjob("reverify").jobid == other
+    office.end(office.store.claim_one("reverify"), result="kept")
+    again = rerun(office, parent).enqueue_newjob("reverify")
+    assert (again.jobid, again.result) == (other, "kept")
+
+
+def test_a_repeated_child_that_has_failed_is_left_when_the_parent_is_retried(
+    office: Office, parent: UpqJob, other: int
+) -> None:
+    assert parent.enqueue_newjob("reverify").jobid == other
+    office.end(office.store.claim_one("reverify"), FAILED)
+    parent = rerun(office, parent)
+    assert parent.enqueue_newjob("reverify").jobid == other, "that was a crash"
+    office.end(office.pool._jobs.pop(parent.token), FAILED)
+    office.store.queue.retry(parent.jobid, "root")
+    third = office.store.submit("reverify", limits=Limits("one"))
+    parent = office.begin(office.store.claim_one())
+    assert parent.enqueue_newjob("reverify").jobid == third
+    assert rerun(office, parent).enqueue_newjob("reverify").jobid == third
 
 
 def test_when_the_parent_is_retried_a_failed_child_runs_again(

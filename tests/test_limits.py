@@ -455,6 +455,12 @@ def test_a_child_that_repeats_another_job_is_that_job(store: Store) -> None:
     key = child_key(parent, "hash", {}, 1)
     one = NewJob("hash", {}, limits=UNIQUE, parent=parent, child_key=key)
     assert store.accepted(one) == [(first, True)]
+    assert store.views.repeated(parent, key) == first
+    end(store, store.claim_one(), FAILED)
+    assert store.views.repeated(parent, key) == first
+    second = store.submit(limits=UNIQUE)
+    assert store.accepted(one) == [(second, True)]
+    assert store.views.repeated(parent, key) == second
 
 
 def test_a_child_that_repeats_who_waits_for_it_is_refused(store: Store) -> None:

@@ -371,6 +371,31 @@ def test_many_parents_at_once_lose_no_place(work: Work) -> None:
     assert pool.book() >= 2
 
 
+def test_a_place_that_a_parent_given_up_does_not_take_is_the_next_ones(work: Work) -> None:
+    pool = work.pool(1)
+    first, second, running = claimed(), claimed(), claimed()
+
+    def act(job: Job) -> None:
+        if job is not running:
+            pool.park(job.token)
+        work.gate(job.id).wait(10)
+        if job is not running:
+            pool.unpark(job.token)
+
+    work.act = act
+    give(pool, first, second)
+    until(lambda: len(work.started) == 2 and pool.sizes()["running"] == 0)
+    give(pool, running)
+    until(lambda: len(work.started) == 3)
+    for n, parent in enumerate((first, second), 1):
+        work.let_go(parent)
+        until(lambda n=n: pool._resuming == n)  # type: ignore[misc]
+    assert pool.abandon(second.token) == second
+    work.let_go(running)
+    until(lambda: first.id in work.ended)
+    until(lambda: pool.sizes()["running"] == 0)
+
+
 def test_a_parent_goes_on_when_the_pool_is_closed(work: Work) -> None:
     pool = work.pool(1)
     parent, other = claimed(), claimed()

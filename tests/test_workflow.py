@@ -266,6 +266,24 @@ def test_a_join_waits_for_what_a_branch_has_appended_and_gets_its_result(plant: 
     assert set(join["jobdata"]) == {"seed", "left", "right"}
 
 
+@pytest.mark.parametrize("repeated", ["join", "other"])
+def test_a_join_does_not_wait_for_a_repeated_step_that_waits_for_it(
+    plant: Plant, repeated: str
+) -> None:
+    plant.offer("first", subjobs="(left right) join")
+    plant.offer("left", f"self.append_job('{repeated}')\nreturn 1")
+    plant.offer("right", "return 2")
+    plant.offer("join other", unique="true")
+    plant.start()
+    join = plant.one("join")["id"]
+    limits = plant.types.get("other").limits({}, None)
+    plant.store.submit("other", after=(join,), limits=limits)
+    plant.next("right"), plant.next("left")
+    assert plant.one("join")["jobdata"] == {"left": 1, "right": 2}
+    plant.next("join"), plant.next("other")
+    assert plant.state("join") == plant.state("other") == DONE
+
+
 def test_what_a_branch_appends_hides_no_branch_that_has_failed(plant: Plant) -> None:
     fork(plant)
     plant.offer("left", "return False")
@@ -321,6 +339,16 @@ def test_groups_may_come_one_after_another_with_a_job_between(plant: Plant) -> N
     assert plant.one("c")["jobdata"] == {"a": "a", "b": "b"}
     assert plant.one("e")["jobdata"] == {"a": "a", "b": "b", "d": "d"}
     assert plant.one("e")["parent"] == plant.one("c")["id"]
+
+
+def test_a_job_with_a_time_of_its_own_is_retried_without_the_delay_of_its_type(
+    plant: Plant,
+) -> None:
+    plant.offer("late", "return False", delay="{wait}")
+    id = plant.start("late", run_at=when.now() - 1)
+    plant.store.queue.retry(id, "root")
+    plant.next("late")
+    assert (plant.state("late"), plant.one("late")["reason"]) == (FAILED, "")
 
 
 @pytest.mark.parametrize("appends", [False, True])

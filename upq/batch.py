@@ -348,6 +348,8 @@ class Batch:
                 results.append(error)
                 continue
             results.append(accepted)
+            if one.limits is not None:
+                self._keep_repeats(one, accepted, known)
             fresh += new
             edges += new_edges
             self.note_new(new, one.who)
@@ -358,6 +360,20 @@ class Batch:
         self.store(fresh, edges)
         self._heed_met()
         return results
+
+    def _keep_repeats(
+        self, one: Submit, accepted: list[Accepted], known: Mapping[str, tuple[int, str]]
+    ) -> None:
+        """Keep what children are that another job stands in for (unique): as steps of the parent,
+        which finds them when it runs again.
+        """
+        for row, new in zip(one.rows, accepted, strict=True):
+            key = row[st.AT["child_key"]]
+            if key is not None and new.duplicate and key not in known:
+                parent = row[st.AT["parent"]]
+                self.tx.run(st.DROP_STEP, job=parent, key=key)
+                self.tx.run(st.ADD_STEP, job=parent, key=key, name=row[st.AT["type"]],
+                            result=str(new.id), now=self.now)  # fmt: skip
 
     def note_new(self, new: list[list[Any]], who: str) -> None:
         """These jobs are queued: events, and what becomes of them by the time alone."""
@@ -687,6 +703,7 @@ class Batch:
             if (join := one.job.options.get(JOIN)) is not None and one.then is not None
             for row, new in zip(one.then.rows, follow, strict=True)
             if option(row[st.AT["options"]], JOIN) == join
+            and not (new.duplicate and self.limiter.is_behind(new.id, join))
         }
         if steps:
             self._joins.stand_in(steps)

@@ -307,7 +307,7 @@ class Claimer:
             self._hot |= queue.expire(self._runner.expired)
             self._hot |= set(queue.stage())
         if unheard:
-            self._hot |= set(queue.lanes)
+            self._hot |= queue.laden()
         self._missed = False
         now, openings = when.now(), self._openings()
         booked = self.book(set(self._hot))

@@ -999,6 +999,37 @@ def _check_followers(jobs: Mapping[str, JobSettings], ini: Ini) -> None:
         ini.fault(place, f"{key}: go round: {' -> '.join(circle)}")
 
 
+def _check_handed_on(jobs: Mapping[str, JobSettings], ini: Ini) -> None:
+    """What is secret in a job is so in those that get its parameters: none may show it."""
+    for job in jobs.values():
+        for other in map(jobs.get, _heirs(job, jobs) if job.secret else ()):
+            if other is None:
+                continue
+            per = other.rate.per if other.rate else ""
+            for key, text in (
+                ("queue", other.queue), ("serial", other.serial), ("delay", other.delay),
+                ("rate", per),
+            ):  # fmt: skip
+                for name in sorted((job.secret - other.secret) & set(names_in(text))):
+                    place = ini.place(f"job {other.name}", key)
+                    ini.fault(place, f"{key}: {name} is secret in [job {job.name}], which hands it"
+                              " on, and would be shown")  # fmt: skip
+
+
+def _heirs(job: JobSettings, jobs: Mapping[str, JobSettings]) -> set[str]:
+    """The types that get the parameters of a job, by its subjobs and by `on_done`."""
+    found: set[str] = set()
+    # Steps bring no subjobs of their own.
+    steps, left = set(workflow.names(job.subjobs)), [*job.on_done]
+    for name in steps & jobs.keys():
+        left += jobs[name].on_done
+    while left:
+        if (name := left.pop()) not in found and name in jobs:
+            found.add(name)
+            left += [*workflow.names(jobs[name].subjobs), *jobs[name].on_done]
+    return found | steps
+
+
 def _circle(graph: Mapping[str, Iterable[str]]) -> list[str]:
     try:
         graphlib.TopologicalSorter(graph).prepare()
@@ -1197,6 +1228,7 @@ def load(
     _check_limits(jobs, tokens, parts["node"], pools, ini)
     schedules = _schedules(_named("schedule", ini), jobs, ini)
     _check_followers(jobs, ini)
+    _check_handed_on(jobs, ini)
     _check_urls(jobs, parts["webhook"], ini, thorough)
     _warn_of_silence(jobs, modules, ini)
     _warn_of_strangers(parts["access"], jobs, ini)

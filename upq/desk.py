@@ -239,7 +239,7 @@ class JobDesk:
         """What an earlier run has queued; queued again when it has failed and is to run again."""
         found = self._views.child(key)
         if found is None:
-            return None
+            return self._views.repeated(job.id, key)
         id, again = found
         if again:
             try:

@@ -98,8 +98,10 @@ class Family:
         while left and looked < st.CHUNK:
             page = left.pop()
             parents = sorted((id,) for id in page.parents)
-            ids = [row[0] for row in self._tx.fetch_rows(st.CHILDREN_OF, parents, above=page.above)]
-            if len(ids) == st.CHUNK:
+            most = st.CHUNK
+            rows = self._tx.fetch_rows(st.CHILDREN_OF, parents, above=page.above, most=most)
+            ids = [row[0] for row in rows]
+            if len(ids) == most:
                 left.append(Page(page.parents, ids[-1]))
             if ids:
                 n += sum(state not in FINAL for state in self.cancel(ids, who, text).values())

@@ -172,8 +172,11 @@ class JobType:
         new.run_at = when.now() + delay_us
 
     def time_of(self, job: Job) -> None:
-        """Raises BadParams for a job that no delay could be read for."""
-        if self.cfg.delay and DELAY not in job.options and job.run_at is None:
+        """Raises BadParams for a job that no delay could be read for, when it first starts.
+
+        One that is queued again starts at once, whatever time it was given before.
+        """
+        if self.cfg.delay and job.starts == 1 and DELAY not in job.options and job.run_at is None:
             self.put_off(NewJob(job.type, job.params))
 
     def _pace(self, params: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """What a batch does for jobs that wait for others, and for joins, which get what those return.
 
 The options of a join name its branches, by their types. A branch is a job of the same submit; or
-the one that is there already, when it was a duplicate; or the last step that a branch has appended.
+the one that is there already, when it was a duplicate; or the last step that a branch has appended,
+unless that was a duplicate of the join, or of what waits for it.
 """
 
 from __future__ import annotations

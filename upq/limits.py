@@ -154,6 +154,10 @@ class Limiter:
             if id in needed or key in lines:
                 raise WrongState(f"job {id} would wait for batch {batch}, and that for it")
 
+    def is_behind(self, id: int, other: int) -> bool:
+        """Whether a job is this other one, or waits for it."""
+        return id == other or id in self._wait_for({other: ("", None)})
+
     def _above(self, parent: int | None) -> dict[int, tuple[str, str | None]]:
         """State and serial key of a child's parent and of those above that are not finished."""
         above = {}

@@ -193,6 +193,8 @@ class Pool:
             if token in self._parked:  # it was not given up meanwhile
                 self._parked.discard(token)
                 self._running += 1
+            elif self._resuming:
+                self._freed.notify()  # the place it was told of is the next one's
             # Threads that held back while somebody resumed may go on, if there is a place left.
             self._changed.notify_all()
 

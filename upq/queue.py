@@ -628,6 +628,10 @@ class Queue:
         lanes = self._act(lambda batch: batch.tx.fetch(st.LANES))
         self._know(read_lane(*row) for row in lanes)
 
+    def laden(self) -> set[int]:
+        """Lanes in which something is queued."""
+        return {row[0] for row in self._act(lambda batch: batch.tx.fetch(st.LADEN_LANES))}
+
     def asked_to_end(self) -> list[tuple[int, int]]:
         """Running jobs of this daemon that were cancelled, maybe by way of another: lane, token."""
         rows = self._act(lambda batch: batch.tx.fetch(st.ASKED_TO_END, owner=self.owner))

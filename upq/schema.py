@@ -177,11 +177,12 @@ edge = table(
     Index("upq_edge_needs", "needs"),
 )
 
-#: What pieces of a parent's own work have returned, so that none is done again.
+#: What pieces of a parent's own work have returned, so that none is done again; and the ids of jobs
+#: that stand in for its children (unique).
 step = table(
     "step",
     Column("job", Big, primary_key=True, autoincrement=False),
-    # A digest of the name and of how many of that name came before.
+    # A digest of the name and of how many of that name came before; or the child's key.
     Column("key", String(64), primary_key=True),
     Column("name", String(255), nullable=False),
     Column("result", Long),

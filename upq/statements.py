@@ -208,12 +208,12 @@ def marks_of(dialect: str) -> ClauseElement:
     return chosen.with_for_update(of=job)
 
 
-def below(dialect: str, columns: Sequence[Any], most: Any) -> ClauseElement:
+def below(dialect: str, columns: Sequence[Any]) -> ClauseElement:
     """Children of these jobs, in the order of their ids, from one id on.
 
     Read by the index on parents, whatever a planner makes of a tree with very many.
     """
-    r = over_ids(dialect)
+    r, most = over_ids(dialect), big("most")
     # An expression, or all jobs would be gone through in the order of their ids.
     n = (job.c.id + 0).label("n")
     children = sa.select(*columns).where(n > big("above"))
@@ -353,7 +353,7 @@ BY_CHILD_KEY = Sql(by_key(job.c.child_key))
 STATES_OF = Sql(states_of)
 CANCELLED_OF = Sql(cancelled_of)
 MARKS_OF = Sql(marks_of)
-CHILDREN_OF = Sql(lambda dialect: below(dialect, [job.c.id], CHUNK))
+CHILDREN_OF = Sql(lambda dialect: below(dialect, [job.c.id]))
 #: What is read of each job of a tree; of one that is done, little is asked, and they are many.
 MEMBER = (
     job.c.id,
@@ -365,7 +365,7 @@ MEMBER = (
         for column in (job.c.type, job.c.child_key, job.c.started_at, job.c.progress, job.c.options)
     ),
 )
-MEMBERS_OF = Sql(lambda dialect: below(dialect, MEMBER, big("most")))
+MEMBERS_OF = Sql(lambda dialect: below(dialect, MEMBER))
 
 
 NEEDS_OF = Sql(needs_of)
@@ -522,8 +522,10 @@ ADD_STEP = Sql(
         job=big("job"), key=word("key"), name=word("name"), result=word("result"), at=big("now")
     )
 )
+DROP_STEP = Sql(sa.delete(step).where(step.c.job == big("job"), step.c.key == word("key")))
 
 LANES = Sql(sa.select(lane.c.id, lane.c.queue, lane.c.type, lane.c.paused))
+LADEN_LANES = Sql(sa.select(tally.c.lane).where(tally.c.state == QUEUED, tally.c.n > 0))
 FIND_LANE = Sql(
     sa.select(lane.c.id).where(
         lane.c.queue == word("queue"), lane.c.type == word("type"), lane.c.node == ""

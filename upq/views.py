@@ -486,6 +486,22 @@ class Views:
             return id, False
         return id, reason == AGAIN or self._ended_between(parent, id)
 
+    def repeated(self, parent: int, key: str) -> int | None:
+        """The job that stands in for a child (unique). None when it is gone; and when it has ended
+        badly, and the parent was queued again since it came by it.
+        """
+        query = sa.select(step.c.result, step.c.at)
+        kept = self._rows(query.where(step.c.job == parent, step.c.key == key))
+        if not kept:
+            return None
+        id, at = int(kept[0][0]), kept[0][1]
+        found = self._rows(sa.select(job.c.state).where(job.c.id == id))
+        if not found or found[0][0] not in FINAL or found[0][0] == DONE:
+            return id if found else None
+        again = sa.select(event.c.n).where(event.c.job == parent, event.c.at >= at)
+        again = again.where(event.c.state == QUEUED, event.c.reason.like("retry%"))
+        return None if self._rows(again.limit(1)) else id
+
     def _ended_between(self, parent: int, child: int) -> bool:
         """Whether a child has ended badly after one attempt of its parent and before the next."""
         query = sa.select(event.c.job, event.c.state, event.c.reason)
