@@ -331,6 +331,13 @@ def test_a_table_fits_the_terminal(server: LineServer, run: Cli, columns: int) -
     assert "…" in lines[1]
 
 
+def test_a_terminal_without_a_size_has_80_columns(server: LineServer, run: Cli) -> None:
+    answers(server, {"jobs": [job(5, params={"path": "/x" * 200})]})
+    del run.env["COLUMNS"]
+    run.env["NO_COLOR"] = "1"
+    assert max(map(len, run.on_terminal("jobs").splitlines())) == 80
+
+
 def test_colour_is_for_terminals_that_want_it(server: LineServer, run: Cli) -> None:
     answers(server, {"jobs": [job(5)]})
     painted = "\x1b[32mdone"

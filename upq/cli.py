@@ -688,6 +688,7 @@ def _fit(cell: str, width: int) -> str:
 
 def _terminal_width() -> int:
     try:
-        return int(os.environ.get("COLUMNS") or os.get_terminal_size(sys.stdout.fileno()).columns)
+        columns = os.environ.get("COLUMNS") or os.get_terminal_size(sys.stdout.fileno()).columns
+        return int(columns) or 80  # a terminal that was never told its size says 0
     except (OSError, ValueError):
         return 80
