@@ -320,6 +320,15 @@ def test_lists_are_tables_on_a_terminal(server: LineServer, run: Cli) -> None:
     assert run.on_terminal("jobs") == "none\n"
 
 
+def test_a_list_says_of_what_has_ended_why(server: LineServer, run: Cli) -> None:
+    told = {"reason": "timeout", "progress": {"done": 1, "total": 5}, "message": "too slow"}
+    answers(server, {"jobs": [job(5, **told, state="failed"), job(4, **told, state="running")]})
+    assert [line.split("\t")[7] for line in run("jobs").stdout.splitlines()] == [
+        "too slow",
+        "timeout",
+    ]
+
+
 @pytest.mark.parametrize("columns", [64, 79, 100])
 def test_a_table_fits_the_terminal(server: LineServer, run: Cli, columns: int) -> None:
     answers(server, {"jobs": [job(5, params={"path": "/x" * 200}, message="word " * 100_000)]})

@@ -643,6 +643,8 @@ def _value(key: str, row: Mapping[str, Any]) -> Any:
     """A field; `info` is what is worth knowing of a job now."""
     if key != "info":
         return row.get(key)
+    if row.get("state") in _FINAL and row.get("message"):
+        return row["message"]
     return row.get("reason") or row.get("progress") or row.get("message")
 
 
