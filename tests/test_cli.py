@@ -320,6 +320,14 @@ def test_lists_are_tables_on_a_terminal(server: LineServer, run: Cli) -> None:
     assert run.on_terminal("jobs") == "none\n"
 
 
+def test_a_wait_for_the_whole_says_what_holds_up_a_join(server: LineServer, run: Cli) -> None:
+    held = job(5, state="blocked", reason="job 4 is failed", message="", result=None)
+    answers(server, {"job": held, "whole": whole_of(held, state="failed")})
+    done = run("wait", "5", "whole:yes")
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[0] == "job 5 blocked: job 4 is failed"
+
+
 def test_a_list_says_of_what_has_ended_why(server: LineServer, run: Cli) -> None:
     told = {"reason": "timeout", "progress": {"done": 1, "total": 5}, "message": "too slow"}
     answers(server, {"jobs": [job(5, **told, state="failed"), job(4, **told, state="running")]})

@@ -554,7 +554,8 @@ class _Screen:
             print(f"{data['denied']} left alone: they are not yours")
 
     def _end(self, job: Mapping[str, Any]) -> None:
-        message = f": {job['message']}" if job["message"] else ""
+        why = job["message"] if job["state"] in _FINAL else job["reason"]
+        message = f": {why}" if why else ""
         print(f"job {job['id']} {self._painted(job['state'])}{_visible(message)}")
         result = job["result"]
         if result is not None:
