@@ -148,7 +148,7 @@ def test_without_arguments_there_is_the_usage_and_1(run: Cli) -> None:
 def test_no_connection_is_2(run: Cli) -> None:
     done = run("-s", "/nowhere/upq.sock", "test")
     assert done.returncode == 2
-    assert done.stderr == "upq-cli: /nowhere/upq.sock: No such file or directory\n"
+    assert done.stderr == "upq-cli: /nowhere/upq.sock: No such file or directory; is upq running?\n"
     done = run("-s", "/nowhere/upq.sock", "--json", "test")
     assert done.returncode == 2
     assert json.loads(done.stdout)["error"] == "no_connection"

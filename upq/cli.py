@@ -132,7 +132,10 @@ class _Call:
         except BrokenPipeError:
             raise
         except OSError as error:
-            return self._fail("no_connection", f"{address}: {error.strerror or error}", UNUSABLE)
+            fault = f"{address}: {error.strerror or error}"
+            if isinstance(error, FileNotFoundError | ConnectionRefusedError):
+                fault += "; is upq running?"
+            return self._fail("no_connection", fault, UNUSABLE)
 
     def _one(self, client: Client, line: str) -> int:
         verb = line.split(maxsplit=1)[0]
