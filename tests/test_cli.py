@@ -145,6 +145,12 @@ def test_without_arguments_there_is_the_usage_and_1(run: Cli) -> None:
     assert '"<jobname>( param:value)*"' in done.stderr
 
 
+def test_when_without_then_is_wrong_usage(run: Cli) -> None:
+    done = run("--when", "ended", "-")
+    assert done.returncode == 2
+    assert "--when needs --then" in done.stderr
+
+
 def test_no_connection_is_2(run: Cli) -> None:
     done = run("-s", "/nowhere/upq.sock", "test")
     assert done.returncode == 2

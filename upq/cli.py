@@ -59,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("one line is needed; - reads many")
     if args.then is not None and line != "-":
         parser.error("--then needs the lines of a batch: -")
+    if args.when is not None and args.then is None:
+        parser.error("--when needs --then")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -89,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--follow", action="store_true", help="with `output`: go on until the job has ended")
     add("--timeout", metavar="TIME", type=_duration, help="with --wait: no longer than 30s, 10m")
     add("--then", metavar="LINE", help="with `-`: the lines are a batch, and this job follows it")
-    add("--when", choices=("done", "ended"), default="done", help="... when all are done, or ended")
+    add("--when", choices=("done", "ended"), help="... when all are done, or ended")
     add("--json", action="store_true", help="print one JSON document; for many lines, one each")
     add("-q", "--quiet", action="store_true", help="print ids only")
     add("-v", "--verbose", action="store_true", help="tell what is sent where")
@@ -176,7 +178,7 @@ class _Call:
 
     def _batch(self, client: Client) -> int:
         """The lines of standard input as members of one batch, cancelled if one is refused."""
-        batch = client.batch(self.args.then, self.args.when)
+        batch = client.batch(self.args.then, self.args.when or "done")
         try:
             with batch:
                 for chunk in _chunks():
