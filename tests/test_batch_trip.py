@@ -230,7 +230,7 @@ def test_what_is_refused_says_which_job_and_queues_nothing(daemon: Daemon) -> No
         ({**ok, "batch": 1}, "bad_params", "a new batch takes submit_many, then, when, open; not"),
         ({"submit_many": [], "batch": 1}, "bad_params", "it is empty"),
         ({"submit_many": []}, "bad_params", "it is empty"),
-        ({"submit_many": ["work"], "when": "done"}, "bad_params", "without a batch takes"),
+        ({"submit_many": ["work"], "when": "done"}, "bad_params", "without then or batch takes"),
         ({"batch": 987654321, "close": True}, "not_found", "no job 987654321"),
         ({"submit_many": ["{}"]}, "bad_params", "a line that submits"),
         ({**ok, "submit_many": ["work n:\x01"]}, "bad_text", "control character"),

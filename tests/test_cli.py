@@ -145,10 +145,16 @@ def test_without_arguments_there_is_the_usage_and_1(run: Cli) -> None:
     assert '"<jobname>( param:value)*"' in done.stderr
 
 
+def test_when_without_then_is_wrong_usage(run: Cli) -> None:
+    done = run("--when", "ended", "-")
+    assert done.returncode == 2
+    assert "--when needs --then" in done.stderr
+
+
 def test_no_connection_is_2(run: Cli) -> None:
     done = run("-s", "/nowhere/upq.sock", "test")
     assert done.returncode == 2
-    assert done.stderr == "upq-cli: /nowhere/upq.sock: No such file or directory\n"
+    assert done.stderr == "upq-cli: /nowhere/upq.sock: No such file or directory; is upq running?\n"
     done = run("-s", "/nowhere/upq.sock", "--json", "test")
     assert done.returncode == 2
     assert json.loads(done.stdout)["error"] == "no_connection"
@@ -320,6 +326,23 @@ def test_lists_are_tables_on_a_terminal(server: LineServer, run: Cli) -> None:
     assert run.on_terminal("jobs") == "none\n"
 
 
+def test_a_wait_for_the_whole_says_what_holds_up_a_join(server: LineServer, run: Cli) -> None:
+    held = job(5, state="blocked", reason="job 4 is failed", message="", result=None)
+    answers(server, {"job": held, "whole": whole_of(held, state="failed")})
+    done = run("wait", "5", "whole:yes")
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[0] == "job 5 blocked: job 4 is failed"
+
+
+def test_a_list_says_of_what_has_ended_why(server: LineServer, run: Cli) -> None:
+    told = {"reason": "timeout", "progress": {"done": 1, "total": 5}, "message": "too slow"}
+    answers(server, {"jobs": [job(5, **told, state="failed"), job(4, **told, state="running")]})
+    assert [line.split("\t")[7] for line in run("jobs").stdout.splitlines()] == [
+        "too slow",
+        "timeout",
+    ]
+
+
 @pytest.mark.parametrize("columns", [64, 79, 100])
 def test_a_table_fits_the_terminal(server: LineServer, run: Cli, columns: int) -> None:
     answers(server, {"jobs": [job(5, params={"path": "/x" * 200}, message="word " * 100_000)]})
@@ -329,6 +352,13 @@ def test_a_table_fits_the_terminal(server: LineServer, run: Cli, columns: int) -
     assert len(lines) == 2
     assert max(map(len, lines)) == columns
     assert "…" in lines[1]
+
+
+def test_a_terminal_without_a_size_has_80_columns(server: LineServer, run: Cli) -> None:
+    answers(server, {"jobs": [job(5, params={"path": "/x" * 200})]})
+    del run.env["COLUMNS"]
+    run.env["NO_COLOR"] = "1"
+    assert max(map(len, run.on_terminal("jobs").splitlines())) == 80
 
 
 def test_colour_is_for_terminals_that_want_it(server: LineServer, run: Cli) -> None:

@@ -851,6 +851,7 @@ FAULTS = [
     ("[job a]\nsubjobs = (b c)\n[job b]\n[job c]\nsubjobs = a", 2, "go round: a -> c -> a"),
     ("[job a]\non_fail = b", 2, "on_fail: no section [job b]"),
     ("[job a]\non_done = b", 2, "on_done: no section [job b]"),
+    ("[job a]\non_done = (b a)\n[job b]", 2, "groups ( ) are for subjobs"),
     ("[job a]\non_fail = a", 2, "on_fail: go round: a -> a"),
     ("[job a]\nsubjobs = b\n[job b]\non_fail = a", 2, "subjobs: go round: a -> b -> a"),
     ("[job b]\non_fail = a\n[job a]\non_done = b", 2, "on_fail: go round: b -> a -> b"),

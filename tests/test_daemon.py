@@ -431,6 +431,7 @@ def test_the_log_tells_what_that_of_the_first_upq_told(daemon: Daemon) -> None:
         rf"\(echo:{id}\) .*(added to queue|queued)",
         rf"\(echo:{id}\) .*starting",
         rf"\(echo:{id}\) finished: done",
+        rf"\(hold:{held}\) finished: done in [0-9.]+ s\n",
         "created new queue .*hold",
         r"Starting 1 unfinished jobs found in DB\.",
         "Shutting down socket server",

@@ -45,6 +45,24 @@ def test_djz_01_the_work_is_imported_and_called_without_upq() -> None:
     assert done.stdout == "shop.example.org\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "tasks: "),
+        (["mesure"], "tasks: "),
+        (["measure"], "measure: missing a required argument"),
+    ],
+)
+def test_a_task_that_is_typed_wrong_is_told_how(words: list[str], said: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "deploylib", *words],
+        cwd=EXAMPLE, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 64
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_djz_01_a_task_runs_from_a_shell(tmp_path: Path) -> None:
     (tmp_path / "deploy.ini").write_text((EXAMPLE / "deploy.ini").read_text())
     command = [sys.executable, "-m", "deploylib", "measure", "server=1"]

@@ -242,6 +242,15 @@ def test_isa_05_seven_tasks_share_the_low_queue(site: Site) -> None:
     assert [path.read_bytes() for path in trash.glob("media.old.iso.*")] == [b"old"]
 
 
+def test_isa_05_snapshots_keep_the_base_that_they_need(site: Site) -> None:
+    site.made("below.qcow2", b"below")
+    site.do("create_disk pool:fast disk:kept.qcow2 base:below.qcow2")
+    site.do("create_snapshot pool:fast disk:kept.qcow2 name:monday")
+    needed = "has snapshots that need its base as it is: monday"
+    assert needed in site.refused("commit pool:fast disk:kept.qcow2")
+    assert needed in site.refused("rebase pool:fast disk:kept.qcow2")
+
+
 def test_isa_05_sparsify_gives_back_what_a_guest_has_zeroed(site: Site) -> None:
     disk = site.made("sparse.qcow2", os.urandom(8 * MB))
     raw = site.folder / "zeros"

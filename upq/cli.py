@@ -59,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("one line is needed; - reads many")
     if args.then is not None and line != "-":
         parser.error("--then needs the lines of a batch: -")
+    if args.when is not None and args.then is None:
+        parser.error("--when needs --then")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -89,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--follow", action="store_true", help="with `output`: go on until the job has ended")
     add("--timeout", metavar="TIME", type=_duration, help="with --wait: no longer than 30s, 10m")
     add("--then", metavar="LINE", help="with `-`: the lines are a batch, and this job follows it")
-    add("--when", choices=("done", "ended"), default="done", help="... when all are done, or ended")
+    add("--when", choices=("done", "ended"), help="... when all are done, or ended")
     add("--json", action="store_true", help="print one JSON document; for many lines, one each")
     add("-q", "--quiet", action="store_true", help="print ids only")
     add("-v", "--verbose", action="store_true", help="tell what is sent where")
@@ -132,7 +134,10 @@ class _Call:
         except BrokenPipeError:
             raise
         except OSError as error:
-            return self._fail("no_connection", f"{address}: {error.strerror or error}", UNUSABLE)
+            fault = f"{address}: {error.strerror or error}"
+            if isinstance(error, FileNotFoundError | ConnectionRefusedError):
+                fault += "; is upq running?"
+            return self._fail("no_connection", fault, UNUSABLE)
 
     def _one(self, client: Client, line: str) -> int:
         verb = line.split(maxsplit=1)[0]
@@ -173,7 +178,7 @@ class _Call:
 
     def _batch(self, client: Client) -> int:
         """The lines of standard input as members of one batch, cancelled if one is refused."""
-        batch = client.batch(self.args.then, self.args.when)
+        batch = client.batch(self.args.then, self.args.when or "done")
         try:
             with batch:
                 for chunk in _chunks():
@@ -554,7 +559,8 @@ class _Screen:
             print(f"{data['denied']} left alone: they are not yours")
 
     def _end(self, job: Mapping[str, Any]) -> None:
-        message = f": {job['message']}" if job["message"] else ""
+        why = job["message"] if job["state"] in _FINAL else job["reason"]
+        message = f": {why}" if why else ""
         print(f"job {job['id']} {self._painted(job['state'])}{_visible(message)}")
         result = job["result"]
         if result is not None:
@@ -643,6 +649,8 @@ def _value(key: str, row: Mapping[str, Any]) -> Any:
     """A field; `info` is what is worth knowing of a job now."""
     if key != "info":
         return row.get(key)
+    if row.get("state") in _FINAL and row.get("message"):
+        return row["message"]
     return row.get("reason") or row.get("progress") or row.get("message")
 
 
@@ -688,6 +696,7 @@ def _fit(cell: str, width: int) -> str:
 
 def _terminal_width() -> int:
     try:
-        return int(os.environ.get("COLUMNS") or os.get_terminal_size(sys.stdout.fileno()).columns)
+        columns = os.environ.get("COLUMNS") or os.get_terminal_size(sys.stdout.fileno()).columns
+        return int(columns) or 80  # a terminal that was never told its size says 0
     except (OSError, ValueError):
         return 80

@@ -986,6 +986,9 @@ def _check_followers(jobs: Mapping[str, JobSettings], ini: Ini) -> None:
         for key, names in (*following, ("subjobs", workflow.names(job.subjobs))):
             graph[job.name] |= dict.fromkeys(names, key)
             place = ini.place(f"job {job.name}", key)
+            if any(set(name) & set("()") for name in names):
+                ini.fault(place, f"{key}: each follows for itself; groups ( ) are for subjobs")
+                continue
             for name in names:
                 if name not in jobs:
                     ini.fault(place, f"{key}: no section [job {name}]{suggest(name, jobs)}")

@@ -266,7 +266,7 @@ def _json_many(fields: dict[str, Any], text: str) -> Request:
         batch = Batch(None, given["batch"], key=given.get("key", ""),
                       open=not given.get("close", False))  # fmt: skip
     else:
-        _fields("submit_many without a batch", {}, fields)
+        _fields("submit_many without then or batch", {}, fields)
     if not submits and (batch is None or (batch.open and batch.then is None)):
         raise BadParams("submit_many takes a list of submits; it is empty")
     many = tuple(map(_submit_of, submits))

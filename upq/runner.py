@@ -393,7 +393,8 @@ class Runner:
                 log.info("given back: %s", outcome.reason or outcome.message)
                 return
             result = outcome.reason if outcome.state == QUEUED else outcome.state
-            log.info("finished: %s in %.3f s, %s", result, took_s, outcome.message)
+            said = f", {outcome.message}" if outcome.message else ""
+            log.info("finished: %s in %.3f s%s", result, took_s, said)
 
 
 def own_copy(data: dict[str, Any]) -> dict[str, Any]:

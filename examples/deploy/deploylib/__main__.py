@@ -7,6 +7,7 @@ says why a task has failed.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
@@ -35,8 +36,16 @@ def report(number: int, total: int, name: str) -> None:
 
 def main(argv: Sequence[str]) -> int:
     os.umask(0o027)
-    task, *words = argv
-    given = dict(word.split("=", 1) for word in words)
+    task, *words = argv or [""]
+    if task not in TASKS:
+        print(f"python -m deploylib TASK name=value...; tasks: {' '.join(TASKS)}", file=sys.stderr)
+        return 64
+    given = {name: value for name, _, value in (word.partition("=") for word in words)}
+    try:
+        inspect.signature(TASKS[task]).bind(None, report, **given)
+    except TypeError as error:
+        print(f"{task}: {error}", file=sys.stderr)
+        return 64
     for name, value in given.items():
         if value == "-":
             given[name] = sys.stdin.read()

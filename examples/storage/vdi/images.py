@@ -162,6 +162,12 @@ def allocated(path: Path) -> int:
     return path.stat().st_blocks * 512
 
 
+def refuse_snapshots(image: Path) -> None:
+    """Snapshots of a disk read from its base what they do not hold themselves."""
+    if names := [one["name"] for one in info(image).get("snapshots", [])]:
+        raise Refused(f"{image.name} has snapshots that need its base as it is: {' '.join(names)}")
+
+
 def commit(site: Site, pool: str, disk: str) -> dict[str, Any]:
     """Write what a disk has of its own into its base. The base must have no other child."""
     image = site.pool(pool).disk(disk)
@@ -174,6 +180,7 @@ def commit(site: Site, pool: str, disk: str) -> dict[str, Any]:
         refuse_children(site, below, but=image)
         if backing_of(image) != below:
             raise Failed(f"{disk} was rebased meanwhile")
+        refuse_snapshots(image)
         info(below)
         qemu("commit", "-f", format_of(image), image, says=f"to {below.name}")
     return {"disk": disk, "base": below.name}
@@ -184,7 +191,7 @@ def rebase(site: Site, pool: str, disk: str, base: str = "") -> dict[str, Any]:
     store = site.pool(pool)
     image, below = store.disk(disk), store.image(base) if base else None
     with held(changes=[image], reads=[below] if below else []):
-        info(image)
+        refuse_snapshots(image)
         above, words = below, []
         while above:
             if above.resolve() == image.resolve():
