@@ -115,6 +115,7 @@ def _checked(member: tarfile.TarInfo) -> tarfile.TarInfo:
     leads_out = any(os.path.normpath(place).split("/")[0] in ("", "..") for place in places)
     if leads_out or not (member.isfile() or member.isdir() or member.issym() or member.islnk()):
         raise TaskError(f"the bundle leads out of its folder: {member.name}")
-    member.uid, member.gid, member.uname, member.gname = os.geteuid(), os.getegid(), "", ""
-    member.mode &= 0o755
+    # -1 leaves the owners as they are made: the folder says for which group.
+    member.uid, member.gid, member.uname, member.gname = -1, -1, "", ""
+    member.mode = 0o2755 if member.isdir() else member.mode & 0o755
     return member
