@@ -28,7 +28,7 @@ from sqlalchemy import create_engine, text
 
 from tests.conftest import unavailable
 from tests.daemons import ROOT, Daemon, until
-from tests.servers import UNDERTAKER, Missing, Postgres, program, send, short_folder
+from tests.servers import UNDERTAKER, Missing, Postgres, free_port, program, send, short_folder
 from upq.job import FINAL
 
 #: Building and starting sites takes its time on a machine that does other things, too.
@@ -92,11 +92,6 @@ class TcpPostgres(Postgres):
     @property
     def conninfo(self) -> str:
         return self._own_url().replace("+psycopg", "")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as door:
-        return int(door.getsockname()[1])
 
 
 def site_python() -> tuple[str, int]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from tests.conftest import unavailable
 from tests.daemons import PATIENCE_S, ROOT, Daemon, until
-from tests.test_notify import free_port
+from tests.servers import free_port
 
 EXAMPLE = ROOT / "examples/storage"
 MB = 1 << 20

@@ -26,7 +26,7 @@ from aiosmtpd.smtp import SMTP, Envelope, Session
 
 from tests import daemons
 from tests.chaos import Report, Step, Store, new_store
-from tests.test_notify import free_port
+from tests.servers import free_port
 from upq import schema
 from upq.job import DONE, FINAL, RUNNING
 

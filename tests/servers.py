@@ -13,6 +13,7 @@ import secrets
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -57,6 +58,14 @@ def program(name: str, package: str) -> str:
     if found is None:
         raise Missing(f"no program {name} (Debian: apt-get install {package})")
     return found
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on, and that no connection is given as its own end."""
+    while True:
+        port = 10_000 + secrets.randbelow(20_000)  # below those that the kernel gives
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def short_folder() -> Path:

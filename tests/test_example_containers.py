@@ -32,9 +32,9 @@ from aiosmtpd.controller import Controller
 
 from tests.conftest import unavailable
 from tests.daemons import PATIENCE_S, ROOT, Daemon, for_user, until
-from tests.servers import short_folder
+from tests.servers import free_port, short_folder
 from tests.test_docs import commands, fits
-from tests.test_notify import Postbox, free_port
+from tests.test_notify import Postbox
 from upq.client import Client
 
 EXAMPLE = ROOT / "examples/containers"

@@ -35,9 +35,8 @@ from tests.desktops import (
     put,
     sleepers,
 )
-from tests.servers import Postgres, short_folder
+from tests.servers import Postgres, free_port, short_folder
 from tests.test_docs import commands, fits
-from tests.test_notify import free_port
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +135,7 @@ def test_isa_03_two_uploads_have_two_addresses_and_each_takes_its_bytes(site: Si
         received = site.wait(answer["job"])
         assert (received["state"], received["queue"]) == ("done", "storage.fast.high")
         assert (site.pool("fast") / "media" / name).read_bytes() == iso
-        assert put(url, iso)[0] == 404  # it is used up
+        assert put(url, b"again")[0] == 404  # it is used up
     until(lambda: [line["task"] for line in site.feed("cid")].count("receive") == 2)
 
 

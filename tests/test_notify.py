@@ -22,7 +22,7 @@ from sqlalchemy import create_engine
 
 from tests.conftest import unavailable
 from tests.jobkit import Ended, Jobs
-from tests.servers import Missing, program
+from tests.servers import Missing, free_port, program
 from upq.errors import BadParams
 from upq.health import NO_JOB
 from upq.job import CANCELLED, DONE, EXPIRED, FAILED, QUEUED, Job, NewJob, Outcome, Output
@@ -249,11 +249,6 @@ def mail_server(postbox: Postbox) -> Iterator[Start]:
     yield start
     for controller in started:
         controller.stop()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ def tight(short_tmp: Path) -> Iterator[Daemon]:
     """A daemon to be configured with limits of the test's own, not started."""
     made = Daemon(short_tmp, **JOBS)
     yield made
-    assert made.say("ping").startswith("OK ")
+    until(lambda: answers(made))
     made.kill9()
     made.has_behaved()
 
