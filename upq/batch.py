@@ -22,6 +22,7 @@ from upq.family import Family, Page
 from upq.health import Health, Rules, Told, Wish, digest, queue_age, silence
 from upq.health import ended as health_ended
 from upq.job import (
+    BAD,
     BLOCKED,
     CANCELLED,
     DONE,
@@ -60,8 +61,6 @@ EVENT_MESSAGE = 4000
 Want = tuple[int, int] | Draw
 
 IDEM_KEY, CHILD_KEY = st.AT["idem_key"], st.AT["child_key"]
-#: Of each type and line, the jobs before one; for submits without limits, which count nothing.
-NONE_BEFORE: Counter[str] = Counter()
 
 
 @dataclass(slots=True)
@@ -368,7 +367,7 @@ class Batch:
         which finds them when it runs again.
         """
         for row, new in zip(one.rows, accepted, strict=True):
-            key = row[st.AT["child_key"]]
+            key = row[CHILD_KEY]
             if key is not None and new.duplicate and key not in known:
                 parent = row[st.AT["parent"]]
                 self.tx.run(st.DROP_STEP, job=parent, key=key)
@@ -456,7 +455,7 @@ class Batch:
         fresh: list[list[Any]] = []
         edges: list[tuple[int, int]] = []
         own: dict[str, tuple[int, str]] = {}
-        before: Counter[str] = Counter() if one.limits else NONE_BEFORE
+        before: Counter[str] = Counter()
         limits = one.limits or [None] * len(one.rows)
         for row, after, limit in zip(one.rows, one.after, limits, strict=True):
             key = row[IDEM_KEY] or row[CHILD_KEY]
@@ -498,28 +497,23 @@ class Batch:
     def _wait_for(self, row: list[Any], after: tuple[int, ...]) -> list[tuple[int, int]]:
         """Block a new job until its predecessors, which are locked meanwhile, are done."""
         needed = sorted(set(after))
-        states = dict(self.tx.fetch_rows(st.STATES_OF, [(id,) for id in needed]))
+        states = self.lock_states(needed)
         missing = [id for id in needed if id not in states]
         if missing:
             raise NotFound(f"@after: no job {missing[0]}")
         open_ = [id for id in needed if states[id] != DONE]
         if open_:
             ended = [id for id in open_ if states[id] in FINAL]
-            block(row, open_)
-            if ended:
-                row[st.AT["reason"]] = after_reason(ended[0], states[ended[0]])
+            bad = after_reason(ended[0], states[ended[0]]) if ended else ""
+            block(row, len(open_), bad or waits_reason(open_))
             if len(row) > st.PLAIN and is_paced(row[st.AT["serial_key"]]):
                 row[st.AT["serial_key"]] = None  # it comes to its line when it could start
         return [(row[0], id) for id in open_]
 
     def _heed_met(self) -> None:
         """Joins have come to wait for jobs of before: have them go on where those have ended."""
-        met, self._joins.met = set(self._joins.met), []
-        if not met:
-            return
-        states = self.tx.fetch_rows(st.STATES_OF, sorted((id,) for id in met))
-        self._release_dependents([id for id, state in states if state == DONE])
-        self.hold_dependents([(id, s) for id, s in states if s in FINAL and s != DONE])
+        met, self._joins.met = self._joins.met, []
+        self._tell_dependents([*self.lock_states(met).items()])
 
     def _claim_at_once(self) -> None:
         """Start what was just queued where a place is free: it saves a commit and a hand-over."""
@@ -720,8 +714,17 @@ class Batch:
             if one.outcome.crashed:
                 self.tx.run(st.COUNT_CRASH, id=one.job.id)
                 self.crashed += one.outcome.state == FAILED
+        self._tell_dependents(states)
+
+    def _tell_dependents(self, states: Sequence[tuple[int, str]]) -> None:
+        """Those who wait for these jobs go on, or hear that one has ended badly."""
         self._release_dependents([id for id, state in states if state == DONE])
-        self.hold_dependents([(id, s) for id, s in states if s in FINAL and s != DONE])
+        self.hold_dependents([(id, state) for id, state in states if state in BAD])
+
+    def lock_states(self, ids: Iterable[int]) -> dict[int, str]:
+        """States of jobs, which nobody changes before the commit."""
+        wanted = sorted({(id,) for id in ids})
+        return dict(self.tx.fetch_rows(st.STATES_OF, wanted)) if wanted else {}
 
     def _was_ours(self, one: Finish) -> bool:
         """An end that changed nothing: a repeat of our own, or one from a lost claim."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 from upq import statements as st
 from upq.errors import KeyTaken, NotFound, WrongState
-from upq.job import BLOCKED, CANCELLED, DONE, FINAL, QUEUED, RUNNING
+from upq.job import BAD, BLOCKED, CANCELLED, FINAL, QUEUED, RUNNING
 from upq.joins import branches_of
 from upq.limits import KEPT, Limiter, kept_text, turn_reason
 from upq.members import kept_batch
@@ -117,7 +117,7 @@ class Family:
         alone: the one job has to be. Raises NotFound, WrongState, KeyTaken.
         """
         refusal = "{state}: only what has ended badly can be retried" if alone else ""
-        found = self._these(ids, lambda s: s in FINAL and s != DONE, refusal)
+        found = self._these(ids, lambda s: s in BAD, refusal)
         batch, changed = self._batch, []
         followups = {row[0]: kept for row in found if (kept := kept_batch(row[6]))}
         # What is given its key here has ended still, for those who look.

@@ -13,12 +13,12 @@ from typing import Any
 from upq import statements as st
 from upq.batch import Batch, Submit
 from upq.errors import KeyConflict, NotFound, WrongState
-from upq.job import BATCH, BLOCKED, DONE, FINAL, Accepted, Gathered
+from upq.job import BAD, BATCH, BLOCKED, DONE, Accepted, Gathered
+from upq.joins import block
 from upq.limits import is_paced
 from upq.members import is_over, kept_batch, reason_of
 from upq.record import encode
 from upq.vault import Vault
-from upq.workflow import DELAY, option
 
 
 @dataclass(slots=True)
@@ -52,17 +52,14 @@ def _begin(batch: Batch, one: Filling, known: dict[str, tuple[int, str]]) -> Gat
     # A copy: should this be rolled back, it starts again from what was asked for.
     row = list(fresh.pop())
     others = _others(jobs, fresh)
-    states = _lock(batch, others)
+    states = batch.lock_states(others)
     n = len(fresh) + len(others)
     kept = {"open": one.open, "when": one.when, "n": n}
     waits = one.open + len(fresh) + _left(states, one.when)
     row[st.AT["options"]] = _with_batch(row[st.AT["options"]], kept)
     if waits:
-        bad = [(id, state) for id, state in sorted(states.items()) if _is_bad(state)]
-        row[st.AT["state"]], row[st.AT["ready"]], row[st.AT["due_at"]] = BLOCKED, None, None
-        row[st.AT["waits"]], row[st.AT["reason"]] = waits, reason_of(kept, bad)
-        if option(row[st.AT["options"]], DELAY) is not None:
-            row[st.AT["run_at"]] = None  # it counts from when it could start
+        bad = [(id, state) for id, state in sorted(states.items()) if state in BAD]
+        block(row, waits, reason_of(kept, bad))
         if len(row) > st.PLAIN:
             row[st.AT["serial_key"]] = None  # members may stand in the same line, behind it
     fresh.append(row)
@@ -79,7 +76,7 @@ def _add(batch: Batch, one: Filling, known: dict[str, tuple[int, str]]) -> Gathe
     submit = one.submit
     jobs, fresh, edges = batch.accept(submit, known)
     others = _others(jobs, fresh)
-    states = _lock(batch, others)
+    states = batch.lock_states(others)
     state, options, kept = _lock_batch(batch, one.id)
     if others:
         ids = sorted((id,) for id in others)
@@ -139,19 +136,9 @@ def _others(jobs: Iterable[Accepted], fresh: Iterable[list[Any]]) -> set[int]:
     return {job.id for job in jobs} - {row[0] for row in fresh}
 
 
-def _lock(batch: Batch, ids: Iterable[int]) -> dict[int, str]:
-    """States of jobs, which nobody changes before the commit."""
-    wanted = sorted((id,) for id in ids)
-    return dict(batch.tx.fetch_rows(st.STATES_OF, wanted)) if wanted else {}
-
-
 def _left(states: dict[int, str], when: str) -> int:
     """For how many of these jobs a follow-up has to wait."""
     return sum(not is_over(state, when) for state in states.values())
-
-
-def _is_bad(state: str) -> bool:
-    return state in FINAL and state != DONE
 
 
 def _edges(id: int, fresh: Iterable[list[Any]], states: dict[int, str]) -> list[tuple[int, int]]:

@@ -26,6 +26,8 @@ EXPIRED = "expired"
 
 STATES = (QUEUED, BLOCKED, RUNNING, DONE, FAILED, CANCELLED, EXPIRED)
 FINAL = frozenset((DONE, FAILED, CANCELLED, EXPIRED))
+#: Ends that somebody may `retry`.
+BAD = FINAL - {DONE}
 
 #: What a type does with a submit while jobs of it, or of the same `serial` key, are unfinished:
 #: wait behind them, be refused, or take the place of those that have not started.

@@ -19,10 +19,10 @@ from upq.vault import Vault
 from upq.workflow import DELAY, JOINS, option
 
 
-def block(row: list[Any], needed: Sequence[int]) -> None:
-    """Have a new job wait for others."""
+def block(row: list[Any], waits: int, reason: str) -> None:
+    """Have a new job wait for so many others."""
     row[st.AT["state"]], row[st.AT["ready"]], row[st.AT["due_at"]] = BLOCKED, None, None
-    row[st.AT["reason"]], row[st.AT["waits"]] = waits_reason(needed), len(needed)
+    row[st.AT["reason"]], row[st.AT["waits"]] = reason, waits
     if option(row[st.AT["options"]], DELAY) is not None:
         row[st.AT["run_at"]] = None  # it counts from when it could start
 
@@ -58,7 +58,7 @@ class Joins:
         if needed != branches:
             row[st.AT["options"]] = with_branches(row[st.AT["options"]], needed)
             self.met += [id for name, id in needed.items() if id != branches[name]]
-        block(row, list(needed.values()))
+        block(row, len(needed), waits_reason(list(needed.values())))
         if len(row) > st.PLAIN:
             # It comes to its line when it could start: a branch may need a turn of the same line.
             row[st.AT["serial_key"]] = None

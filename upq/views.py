@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from upq import schema, when
 from upq.db import Database
 from upq.errors import NotFound
-from upq.job import BLOCKED, DONE, ENDED, FAILED, FINAL, QUEUED, RUNNING, STATES
+from upq.job import BAD, BLOCKED, ENDED, FAILED, FINAL, QUEUED, RUNNING, STATES
 from upq.limits import is_paced, kept_text
 from upq.members import kept_batch
 from upq.record import LOCKED
@@ -482,7 +482,7 @@ class Views:
         if not found:
             return None
         id, parent, state, reason = found[0]
-        if state not in FINAL or state == DONE:
+        if state not in BAD:
             return id, False
         return id, reason == AGAIN or self._ended_between(parent, id)
 
@@ -496,7 +496,7 @@ class Views:
             return None
         id, at = int(kept[0][0]), kept[0][1]
         found = self._rows(sa.select(job.c.state).where(job.c.id == id))
-        if not found or found[0][0] not in FINAL or found[0][0] == DONE:
+        if not found or found[0][0] not in BAD:
             return id if found else None
         again = sa.select(event.c.n).where(event.c.job == parent, event.c.at >= at)
         again = again.where(event.c.state == QUEUED, event.c.reason.like("retry%"))
@@ -510,7 +510,7 @@ class Views:
             query.where(event.c.job.in_((parent, child))).order_by(event.c.n)
         ):
             if id == child:
-                found = waits and state in FINAL and state != DONE
+                found = waits and state in BAD
             elif state in (QUEUED, RUNNING):
                 waits = state == QUEUED and reason.startswith("retry")
         return found

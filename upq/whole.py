@@ -13,9 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from upq import when
-from upq.job import BLOCKED, CANCELLED, DONE, EXPIRED, FAILED, FINAL, RUNNING
-
-BAD = FINAL - {DONE}
+from upq.job import BAD, BLOCKED, CANCELLED, DONE, EXPIRED, FAILED, FINAL, RUNNING
 
 
 class Member(NamedTuple):
