@@ -22,7 +22,7 @@ from upq.record import encode
 
 log = logging.getLogger(__name__)
 
-# How an attempt may end, besides DONE, FAILED and CANCELLED.
+# How an attempt may end, besides DONE, FAILED, CANCELLED and TIMEOUT.
 
 #: By `raise Retry`.
 RETRY = "retry"
@@ -30,8 +30,6 @@ RETRY = "retry"
 ABORTED, REFUSED, UNFIT = "aborted", "refused", "unfit"
 #: It is done, and has not asked again for a child that an earlier run has left unfinished.
 CHANGED = "changed"
-#: It took longer than it may.
-TIMEOUT = "timeout"
 #: Ended by `Interrupted`.
 INTERRUPTED = "interrupted"
 #: The database was away under it, or it could not even begin: nothing that the job has done.

@@ -31,6 +31,7 @@ from upq.job import (
     QUEUED,
     REPLACE,
     RUNNING,
+    TIMEOUT,
     UNSTORABLE,
     Accepted,
     Job,
@@ -49,8 +50,6 @@ from upq.writer import Replay
 
 log = logging.getLogger(__name__)
 
-#: The reason of what has failed because it took too long.
-TIMEOUT = "timeout"
 #: Seconds a claim holds without being renewed.
 LEASE_S = 30
 #: Characters of a message kept in the history; the job's row has all of it.

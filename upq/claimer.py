@@ -332,6 +332,8 @@ class Claimer:
 
     def _leaves_room(self, booked: list[Want], claimed: list[Job]) -> bool:
         """Whether a lane was passed over since room was booked for one that did not need it."""
+        if not self._hot:
+            return False
         got = Counter(job.lane for job in claimed)
         rooms = [want for want in booked if not isinstance(want, Draw)]
         types = {self._queue.lanes[lane].type for lane, room in rooms if got[lane] < room}

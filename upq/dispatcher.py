@@ -743,12 +743,15 @@ class Dispatcher:
         if awaited:
             some = ", ".join(f"{other} ({is_})" for other, is_ in awaited)
             yield f"it needs {some}{f' and {n - len(awaited)} more' if n > len(awaited) else ''}"
-        yield self._claimer.reason(self._queue.lane(job["queue"], job["type"]))
+        yield self._claimer.reason(self._lane_of(job))
         if job["expires_at"] is not None:
             yield f"it expires at {job['expires_at']}"
 
+    def _lane_of(self, job: dict[str, Any]) -> Lane:
+        return self._queue.lane(job["queue"], job["type"])
+
     def _places(self, job: dict[str, Any]) -> str:
-        lane = self._queue.lane(job["queue"], job["type"])
+        lane = self._lane_of(job)
         pool = self._claimer.pool_of(lane)
         name = self._types.rules.pool_name(lane)
         places = pool.sizes() if pool else {"running": 0, "places": 0}
@@ -766,7 +769,7 @@ class Dispatcher:
         """How many jobs go before one that waits, as far as their order is known."""
         if job["state"] not in (QUEUED, BLOCKED):
             return None
-        lane = self._queue.lane(job["queue"], job["type"])
+        lane = self._lane_of(job)
         first, same = self._types.rules.ahead_of(lane, self._queue.lanes.values())
         return self._views.ahead(job["id"], lane.id, same, first)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 from typing import Any, Protocol
 
-from upq.attempt import INTERRUPTED, TIMEOUT, Report, join, perform, said
+from upq.attempt import INTERRUPTED, Report, join, perform, said
 from upq.command import CommandJob
 from upq.interrupt import Abandoned, Door, Interrupted
-from upq.job import CANCELLED, DONE
+from upq.job import CANCELLED, DONE, TIMEOUT
 from upq.jobtypes import JobType
 from upq.keeper import Keeper
 from upq.plugins import Desk, UpqJob

@@ -39,6 +39,8 @@ Chain = Sequence[str | Sequence[str]]
 #: Names for `@priority:`; larger goes first.
 PRIORITIES = {"high": 10, "default": 0, "low": -10}
 
+#: The reason of what has failed because it took too long.
+TIMEOUT = "timeout"
 #: The reason of a job whose end the database has refused.
 UNSTORABLE = "cannot be stored"
 

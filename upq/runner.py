@@ -19,7 +19,6 @@ from upq.attempt import (
     CHANGED,
     CRASHED,
     RETRY,
-    TIMEOUT,
     UNFIT,
     Report,
     join,
@@ -37,6 +36,7 @@ from upq.job import (
     EXPIRED,
     FAILED,
     QUEUED,
+    TIMEOUT,
     UNSTORABLE,
     Chain,
     Job,
@@ -275,8 +275,7 @@ class Runner:
                 outcome = Outcome(CANCELLED, text, reason="asked")
             outcome.output, outcome.progress = plugin.captured(), plugin.last_progress
             log.warning("its thread does not come back: another takes its place")
-            kind = self._types.by_name.get(job.type)
-            then = self._then(job, kind, None, outcome) if kind is not None else []
+            then = self._after(job, outcome)
             ran_s = (when.now() - (job.started_at or when.now())) / 1e6
             self._end(job, outcome, then, time.monotonic() - ran_s)
 
@@ -330,9 +329,12 @@ class Runner:
         return self._after_bad_end(job, LATE)
 
     def _after_bad_end(self, job: Job, outcome: Outcome) -> tuple[list[NewJob], Wish | None]:
+        return self._after(job, outcome), self.wish(job, outcome)
+
+    def _after(self, job: Job, outcome: Outcome) -> list[NewJob]:
+        """The jobs that an end calls for which the job's own code has not made."""
         kind = self._types.by_name.get(job.type)
-        then = self._then(job, kind, None, outcome) if kind else []
-        return then, self.wish(job, outcome)
+        return self._then(job, kind, None, outcome) if kind else []
 
     def wish(self, job: Job, outcome: Outcome) -> Wish | None:
         """What the type's health is to note of an end; None when nobody asks for it."""
@@ -379,9 +381,7 @@ class Runner:
         with logs.job(job.type, job.id, job.root):
             text = f"its end cannot be stored: {one_line(error)}"
             outcome = Outcome(FAILED, text, reason=UNSTORABLE)
-            kind = self._types.by_name.get(job.type)
-            then = self._then(job, kind, None, outcome) if kind is not None else []
-            self._end(job, outcome, then, started_s)
+            self._end(job, outcome, self._after(job, outcome), started_s)
 
     def _say_end(self, job: Job, outcome: Outcome, took_s: float) -> None:
         """The one log line of an end, once it is on disk; in any thread."""
