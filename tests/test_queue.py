@@ -34,9 +34,9 @@ from upq.job import (
     NewJob,
     Outcome,
     Output,
+    encode,
 )
 from upq.queue import CRASH_LIMIT, ID_BLOCK
-from upq.record import encode
 from upq.sql import Sql, Tx
 from upq.statements import CHUNK
 from upq.views import End

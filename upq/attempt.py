@@ -16,9 +16,8 @@ from upq.errors import (
     Uncertain,
 )
 from upq.interrupt import Interrupted
-from upq.job import CANCELLED, DONE, FAILED, RESULT_LIMIT_BYTES
+from upq.job import CANCELLED, DONE, FAILED, RESULT_LIMIT_BYTES, encode
 from upq.plugins import UpqJob, blame
-from upq.record import encode
 
 log = logging.getLogger(__name__)
 

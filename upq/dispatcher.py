@@ -41,6 +41,7 @@ from upq.job import (
     Accepted,
     Gather,
     NewJob,
+    encode,
 )
 from upq.jobtypes import JobType, JobTypes
 from upq.notify import (
@@ -57,7 +58,6 @@ from upq.params import queue_name
 from upq.plugins import Desk, Piece, stored_piece
 from upq.protocol import Options, Request
 from upq.queue import Lane, Queue
-from upq.record import encode
 from upq.secret import mask, scrub
 from upq.statements import CHUNK
 from upq.views import AHEAD_LIMIT, Filter, Found, Pace, Views

@@ -14,11 +14,10 @@ from typing import Any, NamedTuple, Protocol
 
 from upq import statements as st
 from upq.errors import KeyTaken, NotFound, WrongState
-from upq.job import BAD, BLOCKED, CANCELLED, FINAL, QUEUED, RUNNING
+from upq.job import BAD, BLOCKED, CANCELLED, FINAL, QUEUED, RUNNING, encode
 from upq.joins import branches_of
 from upq.limits import KEPT, Limiter, kept_text, turn_reason
 from upq.members import kept_batch
-from upq.record import encode
 from upq.sql import Tx
 
 #: So many jobs are looked at in the time that one level of a tree takes.

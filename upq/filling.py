@@ -13,11 +13,10 @@ from typing import Any
 from upq import statements as st
 from upq.batch import Batch, Submit
 from upq.errors import KeyConflict, NotFound, WrongState
-from upq.job import BAD, BATCH, BLOCKED, DONE, Accepted, Gathered
+from upq.job import BAD, BATCH, BLOCKED, DONE, Accepted, Gathered, encode
 from upq.joins import block
 from upq.limits import is_paced
 from upq.members import is_over, kept_batch, reason_of
-from upq.record import encode
 from upq.vault import Vault
 
 

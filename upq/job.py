@@ -5,7 +5,8 @@ Times are integers, microseconds since 1970 UTC, in fields that end in `_at`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -28,6 +29,9 @@ STATES = (QUEUED, BLOCKED, RUNNING, DONE, FAILED, CANCELLED, EXPIRED)
 FINAL = frozenset((DONE, FAILED, CANCELLED, EXPIRED))
 #: Ends that somebody may `retry`.
 BAD = FINAL - {DONE}
+
+#: JSON in ASCII: what it holds, NUL and lone surrogates too, every database stores.
+encode: Callable[[Any], str] = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
 #: What a type does with a submit while jobs of it, or of the same `serial` key, are unfinished:
 #: wait behind them, be refused, or take the place of those that have not started.

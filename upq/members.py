@@ -12,9 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from upq import statements as st
-from upq.job import BATCH, BLOCKED, CANCELLED, DONE, ENDED, EXPIRED, FAILED, FINAL
+from upq.job import BATCH, BLOCKED, CANCELLED, DONE, ENDED, EXPIRED, FAILED, FINAL, encode
 from upq.joins import after_reason
-from upq.record import encode
 from upq.sql import Tx
 from upq.vault import Vault
 from upq.workflow import option

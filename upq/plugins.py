@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
 from upq.errors import BadParams, Broken, ChildFailed, TimedOut, TooLong, UpqError
 from upq.interrupt import Door
-from upq.job import DONE, FINAL, RESULT_LIMIT_BYTES, Chain, Output
+from upq.job import DONE, FINAL, RESULT_LIMIT_BYTES, Chain, Output, encode
 from upq.params import ParamSpec
 from upq.secret import MASK, SHORT, open_end, scrub
 from upq.steps import Steps
@@ -53,8 +53,6 @@ STEP_CHARS = 200
 PACKAGE = "upq_jobs"
 
 log = logging.getLogger(__name__)
-
-_dumps = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
 
 class Finished(Protocol):
@@ -466,7 +464,7 @@ class UpqJob(Steps):
         self._must_be_outside("enqueue_newjob")
         given = dict(params or {})
         try:
-            _dumps(given)
+            encode(given)
         except (TypeError, ValueError, RecursionError) as error:
             raise BadParams(f"{jobname}: its params are no JSON: {error}") from None
         return self._need_desk().enqueue(self, jobname, given, queue)
@@ -517,7 +515,7 @@ class UpqJob(Steps):
 
     def keep_step(self, name: str, nth: int, result: Any) -> Any:
         try:
-            text = _dumps(result)
+            text = encode(result)
         except (TypeError, ValueError, RecursionError) as error:
             raise UpqError(f"step {name}: what it returns is no JSON: {error}") from None
         if len(text) > RESULT_LIMIT_BYTES:

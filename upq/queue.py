@@ -40,6 +40,7 @@ from upq.job import (
     Limits,
     NewJob,
     Outcome,
+    encode,
 )
 from upq.limits import (
     KEPT,
@@ -55,7 +56,6 @@ from upq.record import (
     clean,
     crashes_of,
     digest,
-    encode,
     progress_text,
     read_claimed,
     read_waiting,

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from upq.job import QUEUED, RUNNING, Job
+from upq.job import QUEUED, RUNNING, Job, encode
 from upq.vault import NoKey, Vault
 
 #: Characters of a progress text that are kept.
@@ -81,11 +81,3 @@ def child_key(parent: int, type: str, params: dict[str, Any], nth: int) -> str:
 def step_key(name: str, nth: int) -> str:
     """The name of the n-th step of this name in any job."""
     return digest("step", name, str(nth))
-
-
-_encode = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
-
-
-def encode(value: Any) -> str:
-    """JSON in ASCII: what it holds, NUL and lone surrogates too, every database stores."""
-    return _encode(value)

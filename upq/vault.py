@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from upq.errors import Unavailable
+from upq.job import encode
 from upq.secret import MASK, mask, secret_texts
 
 #: The first character of a stored text that has encrypted values, and the name of each.
 SEALED = "*"
 HINT = "the package cryptography is missing: pip install 'upq[secrets]'"
-
-_dump = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
 
 class NoKey(Unavailable):
@@ -54,11 +53,11 @@ class Vault:
         """
         secret = self._secret() if self._first else frozenset()
         if not secret:
-            return _dump(value)
+            return encode(value)
         hidden = secret_texts((value, *datas), secret)
         if not hidden and mask(value, secret) == value:
-            return _dump(value)
-        return SEALED + _dump(self._sealed(value, secret, hidden))
+            return encode(value)
+        return SEALED + encode(self._sealed(value, secret, hidden))
 
     def decode(self, text: str, *, lenient: bool = False) -> Any:
         """What was stored. Raises NoKey; `lenient` has *** for what cannot be read."""
@@ -76,7 +75,7 @@ class Vault:
                 {**json.loads(text), **{n: json.loads(t) for n, t in members.items()}}
             )
         more = {name: self._closed(each) for name, each in members.items()}
-        return SEALED + _dump({**self._closed(text), **more})
+        return SEALED + encode({**self._closed(text), **more})
 
     def same(self, text: str, other: str) -> bool:
         """Whether two stored texts mean the same. Raises NoKey."""
@@ -106,7 +105,7 @@ class Vault:
 
     def _seal(self, value: Any) -> dict[str, str]:
         name = self._first
-        return {SEALED: f"{name}:{self._keys[name].encrypt(_dump(value).encode()).decode()}"}
+        return {SEALED: f"{name}:{self._keys[name].encrypt(encode(value).encode()).decode()}"}
 
     def _opened(self, value: Any, lenient: bool) -> Any:
         if isinstance(value, list):
