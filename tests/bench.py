@@ -71,6 +71,9 @@ concurrent = 4
 class Daemon:
     """A daemon in a folder of its own, and connections to it."""
 
+    #: Where in the folder its configuration has the socket.
+    SOCKET = "s"
+
     def __init__(self, folder: Path, url: str, concurrent: int = 4, more: str = "") -> None:
         self.folder = folder
         (folder / "jobs").mkdir(exist_ok=True)
@@ -104,7 +107,7 @@ class Daemon:
 
     def connect(self) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.connect(str(self.folder / "s"))
+        sock.connect(str(self.folder / self.SOCKET))
         return sock
 
     def ask(self, line: str) -> Any:

@@ -362,7 +362,23 @@ NEXT: Mapping[str | None, tuple[str, ...]] = {
 }
 
 
-class Audit:
+class Findings:
+    """What an audit has found that does not hold, by rule."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, list[str]] = {}
+
+    @property
+    def text(self) -> str:
+        """What was found: a line for each rule, with its first case."""
+        return "\n".join(f"{rule}, {len(w)} times: {w[0]}" for rule, w in self.found.items())
+
+    def _want(self, good: bool, rule: str, *what: object) -> None:
+        if not good:
+            self.found.setdefault(rule, []).append(" ".join(map(str, what)))
+
+
+class Audit(Findings):
     """What must hold after a trial. `found` says what does not, by rule."""
 
     RULES = (
@@ -388,8 +404,8 @@ class Audit:
     )
 
     def __init__(self, facts: Facts) -> None:
+        super().__init__()
         self.facts = facts
-        self.found: dict[str, list[str]] = {}
         self._steps: dict[int, list[Step]] = defaultdict(list)
         self._ended: dict[int, int] = {}
         for number, step in enumerate(facts.steps):
@@ -408,15 +424,6 @@ class Audit:
             self._audit_what_follows(row)
         same = facts.tally == facts.counted
         self._want(same, "counts unlike the table", facts.tally, facts.counted)
-
-    @property
-    def text(self) -> str:
-        """What was found: a line for each rule, with its first case."""
-        return "\n".join(f"{rule}, {len(w)} times: {w[0]}" for rule, w in self.found.items())
-
-    def _want(self, good: bool, rule: str, *what: object) -> None:
-        if not good:
-            self.found.setdefault(rule, []).append(" ".join(map(str, what)))
 
     def _audit_submits(self) -> None:
         of: dict[int, list[int]] = defaultdict(list)

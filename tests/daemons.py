@@ -154,6 +154,9 @@ class Daemon(bench.Daemon):
     in which `note()` and `gate()` may be called.
     """
 
+    #: Where in the folder its configuration has the log.
+    LOG = "upq.log"
+
     def __init__(self, folder: Path, config: str = "", url: str = "", **jobs: str) -> None:
         self.folder = folder
         self.url = url
@@ -310,7 +313,7 @@ class Daemon(bench.Daemon):
 
     @property
     def log(self) -> str:
-        file = self.folder / "upq.log"
+        file = self.folder / self.LOG
         return file.read_text() if file.exists() else ""
 
     def has_behaved(self) -> None:

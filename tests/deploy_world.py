@@ -14,7 +14,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -144,6 +143,8 @@ def _slim(wheel: Path) -> None:
 class Platform(Daemon):
     """The daemon with the example's own configuration, in a copy of it."""
 
+    SOCKET, LOG = "var/upq.sock", "var/upq.log"
+
     def __init__(self, folder: Path) -> None:
         shutil.copytree(EXAMPLE, folder, dirs_exist_ok=True,
                         ignore=shutil.ignore_patterns("__pycache__", "var"))  # fmt: skip
@@ -159,16 +160,6 @@ class Platform(Daemon):
 
     def configure(self, config: str) -> None:
         """It has its own."""
-
-    def connect(self) -> socket.socket:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.connect(str(self.folder / "var/upq.sock"))
-        return sock
-
-    @property
-    def log(self) -> str:
-        file = self.folder / "var/upq.log"
-        return file.read_text() if file.exists() else ""
 
     def give(self, name: str, **params: Any) -> int:
         """Submit a job as a program does; returns its id."""

@@ -62,6 +62,8 @@ def info(image: Path) -> dict[str, Any]:
 class Site(Daemon):
     """A machine of the platform: a copy of the example, its daemon, and its pool `fast`."""
 
+    SOCKET, LOG = "var/upq.sock", "var/upq.log"
+
     def __init__(self, folder: Path, url: str = "", **env: str) -> None:
         for program, package in {"qemu-img": "qemu-utils", "zstd": "zstd"}.items():
             if shutil.which(program) is None:
@@ -84,16 +86,6 @@ class Site(Daemon):
             self.web.kill()
             self.web.wait()
         super().__exit__(error, *rest)
-
-    def connect(self) -> socket.socket:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.connect(str(self.folder / "var/upq.sock"))
-        return sock
-
-    @property
-    def log(self) -> str:
-        file = self.folder / "var/upq.log"
-        return file.read_text() if file.exists() else ""
 
     def pool(self, name: str) -> Path:
         """A storage is mounted."""

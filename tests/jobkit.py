@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 from sqlalchemy import Engine
 
 from upq import Abort, Retry, UpqJob
+from upq.db import Database
 from upq.errors import Refused
 from upq.plugins import Loader
 
@@ -89,3 +91,11 @@ def perform(job: UpqJob) -> Ended:
         state, said = type(error).__name__.lower(), str(error)
     data = json.loads(json.dumps(job.jobdata))
     return Ended(state, job.msgstr + said, json.loads(json.dumps(job.result)), data)
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Iterator[Jobs]:
+    """The shipped jobs over SQLite, with an engine as the daemon makes it."""
+    database = Database(f"sqlite:///{tmp_path}/upq.db", jobs_file=tmp_path / "jobs.db")
+    yield Jobs(database.jobs)
+    database.close()

@@ -25,7 +25,7 @@ from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import SMTP, Envelope, Session
 
 from tests import daemons
-from tests.chaos import Report, Step, Store, new_store
+from tests.chaos import Findings, Report, Step, Store, new_store
 from tests.servers import free_port
 from upq import schema
 from upq.job import DONE, FINAL, RUNNING
@@ -182,7 +182,7 @@ def read_facts(url: str) -> Facts:
         )
 
 
-class Audit:
+class Audit(Findings):
     """What must hold after a trial. `found` says what does not, by rule."""
 
     RULES = (
@@ -197,8 +197,8 @@ class Audit:
     )
 
     def __init__(self, facts: Facts) -> None:
+        super().__init__()
         self.facts = facts
-        self.found: dict[str, list[str]] = {}
         self._kept = {(one.job, one.name): json.loads(one.result) for one in facts.kept}
         self._below: dict[int | None, list[Row]] = defaultdict(list)
         for row in facts.rows.values():
@@ -223,15 +223,6 @@ class Audit:
                 "workflows failed for another reason than three deaths",
                 message,
             )
-
-    @property
-    def text(self) -> str:
-        """What was found: a line for each rule, with its first case."""
-        return "\n".join(f"{rule}, {len(w)} times: {w[0]}" for rule, w in self.found.items())
-
-    def _want(self, good: bool, rule: str, *what: object) -> None:
-        if not good:
-            self.found.setdefault(rule, []).append(" ".join(map(str, what)))
 
     def _audit_children(self, row: Row) -> None:
         below = sorted(one for one in self._below[row.id] if one.type in TYPES)

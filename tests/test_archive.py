@@ -19,19 +19,14 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
+from tests import jobkit
 from tests.conftest import unavailable
 from tests.jobkit import Ended, Jobs, perform
-from upq.db import Database
 
 BODY = (b"a line that compresses well\n" * 50_000) + os.urandom(300_000)
 NAME = "maps/a.sdz"
 
-
-@pytest.fixture
-def jobs(tmp_path: Path) -> Iterator[Jobs]:
-    database = Database(f"sqlite:///{tmp_path}/upq.db", jobs_file=tmp_path / "jobs.db")
-    yield Jobs(database.jobs)
-    database.close()
+jobs = jobkit.jobs
 
 
 @pytest.fixture

@@ -55,6 +55,8 @@ exit "$(cat "$here/exit" 2>/dev/null || echo 0)"
 class Host(Daemon):
     """A machine with containers: a copy of the example, its daemon, and its box."""
 
+    SOCKET, LOG = "var/upq.sock", "var/log/upq.log"
+
     def __init__(self, folder: Path, way: str = "best") -> None:
         shutil.copytree(
             EXAMPLE, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("var", "__pycache__")
@@ -92,16 +94,6 @@ class Host(Daemon):
         """As one would edit the section of a job."""
         for name, text in settings.items():
             self.env[f"UPQ_JOB_{job.upper()}__{name.upper()}"] = text
-
-    def connect(self) -> socket.socket:
-        sock = socket.socket(socket.AF_UNIX)
-        sock.connect(str(self.folder / "var/upq.sock"))
-        return sock
-
-    @property
-    def log(self) -> str:
-        file = self.folder / "var/log/upq.log"
-        return file.read_text() if file.exists() else ""
 
     # Containers
 

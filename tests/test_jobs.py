@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, text
 
+from tests import jobkit
 from tests.jobkit import JOBS_DIR, SHARED, Jobs, perform
 from upq.db import Database
 from upq.errors import Disabled
@@ -26,13 +27,7 @@ from upq.when import now
 
 MONTH = 30 * 86_400 * 1_000_000
 
-
-@pytest.fixture
-def jobs(tmp_path: Path) -> Iterator[Jobs]:
-    """The shipped jobs over SQLite, with an engine as the daemon makes it."""
-    database = Database(f"sqlite:///{tmp_path}/upq.db", jobs_file=tmp_path / "jobs.db")
-    yield Jobs(database.jobs)
-    database.close()
+jobs = jobkit.jobs
 
 
 @pytest.fixture

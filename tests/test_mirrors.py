@@ -17,22 +17,17 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
+from tests import jobkit
 from tests.conftest import unavailable
 from tests.daemons import until
 from tests.ftpd import PASSWORD, USER, FtpServer, make_certificate
 from tests.jobkit import Ended, Jobs, perform
 from tests.servers import Missing, program
-from upq.db import Database
 
 BODY = os.urandom(3_000_000)
 NAME = "maps/a b.sd7"
 
-
-@pytest.fixture
-def jobs(tmp_path: Path) -> Iterator[Jobs]:
-    database = Database(f"sqlite:///{tmp_path}/upq.db", jobs_file=tmp_path / "jobs.db")
-    yield Jobs(database.jobs)
-    database.close()
+jobs = jobkit.jobs
 
 
 @pytest.fixture
