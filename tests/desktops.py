@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import http.client
 import json
 import os
 import pwd
@@ -12,6 +13,7 @@ import socket
 import subprocess
 import sys
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -168,13 +170,14 @@ def content(image: Path) -> bytes:
 
 
 def put(url: str, data: bytes) -> tuple[int, dict[str, Any]]:
-    request = urllib.request.Request(url, data, method="PUT")
-    try:
-        with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
-            return answer.status, json.load(answer)
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, {}
+    """The status and the answer, also when it comes before all of the data was sent."""
+    parts = urllib.parse.urlsplit(url)
+    connection = http.client.HTTPConnection(parts.netloc, timeout=PATIENCE_S)
+    with contextlib.closing(connection):
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            connection.request("PUT", parts.path, data)
+        with connection.getresponse() as answer:
+            return answer.status, json.load(answer) if answer.status < 300 else {}
 
 
 def get(url: str, **headers: str) -> tuple[int, bytes]:

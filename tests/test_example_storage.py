@@ -135,7 +135,7 @@ def test_isa_03_two_uploads_have_two_addresses_and_each_takes_its_bytes(site: Si
         received = site.wait(answer["job"])
         assert (received["state"], received["queue"]) == ("done", "storage.fast.high")
         assert (site.pool("fast") / "media" / name).read_bytes() == iso
-        assert put(url, b"again")[0] == 404  # it is used up
+        assert put(url, iso)[0] == 404  # it is used up
     until(lambda: [line["task"] for line in site.feed("cid")].count("receive") == 2)
 
 
