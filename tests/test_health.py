@@ -246,15 +246,15 @@ def test_a_type_that_does_not_ask_costs_no_statement(
     from upq.sql import Tx
 
     ran: list[str] = []
-    run = Tx.run
+    execute = Tx._execute
 
-    def counted(tx: Tx, sql: Any, **params: Any) -> int:
+    def counted(tx: Tx, sql: Any, text: str, given: Any) -> None:
         ran.append(sql.on(tx.dialect)[0])
-        return run(tx, sql, **params)
+        execute(tx, sql, text, given)
 
     store.submit()
     job = store.claim_one()
-    monkeypatch.setattr(Tx, "run", counted)
+    monkeypatch.setattr(Tx, "_execute", counted)
     store.queue.finish(job, Outcome(FAILED, "no"))
     store.flush()
     assert len(ran) == 6, ran  # cancelled?, the job, its dependents, the counts, the number, event

@@ -74,14 +74,14 @@ def test_jobs_without_limits_run_the_same_statements(
 ) -> None:
     names = {id(sql): name for name, sql in vars(statements).items() if isinstance(sql, Sql)}
     ran: list[str] = []
-    run = Tx.run
+    execute = Tx._execute
 
-    def noted(tx: Tx, sql: Sql, **params: Any) -> int:
+    def noted(tx: Tx, sql: Sql, text: str, given: Any) -> None:
         ran.append(names[id(sql)])
-        return run(tx, sql, **params)
+        execute(tx, sql, text, given)
 
     store.submit(), end(store, store.claim_one())
-    monkeypatch.setattr(Tx, "run", noted)
+    monkeypatch.setattr(Tx, "_execute", noted)
     store.submit(key="a")
     assert ran == ["BY_IDEM_KEY", "INSERT_JOBS", "CHANGE_TALLY", "TAKE_NUMBERS", "INSERT_EVENTS"]
     ran.clear()

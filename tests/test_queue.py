@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import tempfile
 import threading
 import time
@@ -37,7 +38,7 @@ from upq.job import (
     encode,
 )
 from upq.queue import CRASH_LIMIT, ID_BLOCK
-from upq.sql import Sql, Tx
+from upq.sql import JSON_COLUMN, Sql, Tx
 from upq.statements import CHUNK
 from upq.views import End
 
@@ -949,20 +950,20 @@ def test_a_job_retried_while_another_daemon_purges_is_not_lost(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked, retried = threading.Event(), threading.Event()
-    run = Tx.run
+    execute = Tx._execute
 
-    def slow(tx: Tx, sql: Sql, **params: Any) -> int:
+    def slow(tx: Tx, sql: Sql, text: str, given: Any) -> None:
         if sql is statements.DELETE_EVENTS:  # what is old was looked up, nothing is deleted yet
             looked.set()
             retried.wait(0.5)
-        return run(tx, sql, **params)
+        execute(tx, sql, text, given)
 
     with Store(url) as store, store.beside() as other:
         if not store.queue.shared:
             pytest.skip("SQLite serves one daemon")
         id = store.submit()
         end(store, store.claim_one(), FAILED)
-        monkeypatch.setattr(Tx, "run", slow)
+        monkeypatch.setattr(Tx, "_execute", slow)
 
         def retry() -> None:
             looked.wait(10)
@@ -1331,15 +1332,38 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """The least that each statement takes from now on."""
     names = {id(sql): name for name, sql in vars(statements).items() if isinstance(sql, Sql)}
     spent_ms: dict[str, float] = {}
-    run = Tx.run
+    execute = Tx._execute
 
-    def timed(tx: Tx, sql: Sql, **params: Any) -> int:
+    def timed(tx: Tx, sql: Sql, text: str, given: Any) -> None:
         began = time.perf_counter()
-        matched = run(tx, sql, **params)
+        execute(tx, sql, text, given)
         took_ms = (time.perf_counter() - began) * 1000
         name = names[id(sql)]
         spent_ms[name] = min(took_ms, spent_ms.get(name, took_ms))
-        return matched
 
-    monkeypatch.setattr(Tx, "run", timed)
+    monkeypatch.setattr(Tx, "_execute", timed)
     return spent_ms
+
+
+@pytest.mark.parametrize("n", [1, 3, 64])
+def test_sqlite_looks_up_the_rows_it_is_given_by_key(tmp_path: Path, n: int) -> None:
+    with Store(f"sqlite:///{tmp_path}/upq.db") as store:
+        dialect = store.database.dialect
+        plans = {}
+        for name, sql in vars(statements).items():
+            if isinstance(sql, Sql) and sql.each:
+                width = len(JSON_COLUMN.findall(sql.on(dialect)[0]))
+                ((text, given),) = sql.spread(dialect, [[None] * width] * n, {})
+                with store.database.read() as connection:
+                    plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {text}", given)
+                    plans[name] = " ".join(row[-1] for row in plan)
+        assert len(plans) > 20
+        by_key = "INTEGER PRIMARY KEY|_key|upq_edge_|upq_tally|sqlite_autoindex"
+        for name, plan in plans.items():
+            assert not re.search(r"SCAN upq_", plan), (name, plan)
+            for used in re.findall(r"SEARCH upq_\w+ USING (.*?) \(", plan):
+                assert re.search(by_key, used), (name, plan)
+        # More rows than one statement takes, and fewer than the next smaller one.
+        parts = statements.LOWER_WAITS.spread(dialect, [(i, 1) for i in range(64 + 16 + 7)], {})
+        assert [len(given) // 2 for _, given in parts] == [64, 16, 7]
+        assert [id for _, given in parts for id in given[::2]] == [*range(87)]

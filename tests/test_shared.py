@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -283,15 +284,15 @@ def test_a_draw_that_is_rolled_back_loses_nothing(
     line.held = "wait"
     ids = line.queue(5, "storage.a.high")
     line.held = ""
-    run, broken = Tx.run, [1, 1, 1]
+    execute, broken = Tx._execute, [1, 1, 1]
 
-    def failing(tx: Tx, sql: Sql, **params: object) -> int:
+    def failing(tx: Tx, sql: Sql, text: str, given: Any) -> None:
         if sql is statements.START_JOBS and broken:
             broken.pop()
             raise Unavailable("away")
-        return run(tx, sql, **params)
+        execute(tx, sql, text, given)
 
-    monkeypatch.setattr(Tx, "run", failing)
+    monkeypatch.setattr(Tx, "_execute", failing)
     line.claimer.heat()
     line.begin()
     until(lambda: line.done() == 5)
@@ -535,13 +536,13 @@ def test_a_plain_job_runs_the_statements_it_always_ran(
     store.queue.lane("work", "work")
     store.queue.reserve_ids(1)
     ran: list[str] = []
-    run = Tx.run
+    execute = Tx._execute
 
-    def noted(tx: Tx, sql: Sql, **params: object) -> int:
+    def noted(tx: Tx, sql: Sql, text: str, given: Any) -> None:
         ran.append(names[id(sql)])
-        return run(tx, sql, **params)
+        execute(tx, sql, text, given)
 
-    monkeypatch.setattr(Tx, "run", noted)
+    monkeypatch.setattr(Tx, "_execute", noted)
     line.queue(1)
     until(lambda: store.queue.writer.pending)
     store.flush()

@@ -421,9 +421,9 @@ def test_a_submit_that_is_tried_again_looks_anew_at_what_it_waits_for(
         }
         first, tries = one.submit(), list[int]()
         claimed = one.claim_one()
-        rows = Tx.run_rows
+        execute = Tx._execute
 
-        def run_rows(tx: Tx, sql: Sql, values: Any, **params: Any) -> int:
+        def failing(tx: Tx, sql: Sql, text: str, given: Any) -> None:
             if sql is statements.INSERT_EDGES and not tries:
                 tries.append(1)
                 raise deadlock[kind]
@@ -431,9 +431,9 @@ def test_a_submit_that_is_tried_again_looks_anew_at_what_it_waits_for(
                 monkeypatch.undo()
                 one.queue.finish(claimed, Outcome(DONE))
                 one.flush()
-            return rows(tx, sql, values, **params)
+            execute(tx, sql, text, given)
 
-        monkeypatch.setattr(Tx, "run_rows", run_rows)
+        monkeypatch.setattr(Tx, "_execute", failing)
         after = two.submit(after=(first,))
         assert (one.row(after).state, one.row(after).waits) == (QUEUED, 0)
         assert one.claim_one().id == after

@@ -47,6 +47,8 @@ AWAY = (
     sa.exc.TimeoutError,
 )
 
+#: Statements that a connection to SQLite keeps prepared.
+PREPARED = 512
 PRAGMAS = {
     "journal_mode": "wal",
     "synchronous": 2,
@@ -109,6 +111,7 @@ class Database:
                 "check_same_thread": False,
                 "timeout": CONNECT_S,
                 "isolation_level": None,
+                "cached_statements": PREPARED,
             }
             engine = sa.create_engine(url, connect_args=args, poolclass=sa.QueuePool, **options)
             sa_event.listen(engine, "connect", lambda c, _: self._set_pragmas(c, readonly))

@@ -67,7 +67,7 @@ def insert_into(table: sa.Table[Any], **columns: type) -> Sql:
         chosen = sa.select(*rows(dialect, **columns).c)
         return sa.insert(table).from_select(list(columns), chosen, include_defaults=False)
 
-    return Sql(build)
+    return Sql(build, each=True)
 
 
 def change_tally(dialect: str) -> ClauseElement:
@@ -333,26 +333,26 @@ def delete_by(column: sa.Column[Any]) -> Callable[[str], ClauseElement]:
     return build
 
 
-INSERT_JOBS = Sql(insert_jobs(**SUBMITTED))
-INSERT_LIMITED = Sql(insert_jobs(**SUBMITTED, **LIMITED))
+INSERT_JOBS = Sql(insert_jobs(**SUBMITTED), each=True)
+INSERT_LIMITED = Sql(insert_jobs(**SUBMITTED, **LIMITED), each=True)
 INSERT_EVENTS = insert_into(
     event, n=int, job=int, lane=int, at=int, state=str, reason=str, message=str, attempt=int,
     node=str, who=str,
 )  # fmt: skip
 INSERT_OUTPUTS = insert_into(output, job=int, attempt=int, text=str, size_bytes=int, truncated=int)
 INSERT_EDGES = insert_into(edge, job=int, needs=int)
-CHANGE_TALLY = Sql(change_tally)
+CHANGE_TALLY = Sql(change_tally, each=True)
 TAKE_NUMBERS = Sql(take_numbers)
 PICK_CLAIMABLE = Sql(pick_claimable)
 PICK_ABOVE = Sql(pick_above)
 RUNNING_OF_TYPES = Sql(running_of_types)
-START_JOBS = Sql(start_jobs)
-END_ATTEMPTS = Sql(end_attempts)
-BY_IDEM_KEY = Sql(by_key(job.c.idem_key))
-BY_CHILD_KEY = Sql(by_key(job.c.child_key))
-STATES_OF = Sql(states_of)
-CANCELLED_OF = Sql(cancelled_of)
-MARKS_OF = Sql(marks_of)
+START_JOBS = Sql(start_jobs, each=True)
+END_ATTEMPTS = Sql(end_attempts, each=True)
+BY_IDEM_KEY = Sql(by_key(job.c.idem_key), each=True)
+BY_CHILD_KEY = Sql(by_key(job.c.child_key), each=True)
+STATES_OF = Sql(states_of, each=True)
+CANCELLED_OF = Sql(cancelled_of, each=True)
+MARKS_OF = Sql(marks_of, each=True)
 CHILDREN_OF = Sql(lambda dialect: below(dialect, [job.c.id]))
 #: What is read of each job of a tree; of one that is done, little is asked, and they are many.
 MEMBER = (
@@ -379,20 +379,20 @@ def awaited_by(dialect: str) -> ClauseElement:
 
 
 AWAITED_BY = Sql(awaited_by)
-DEPENDENTS_OF = Sql(dependents_of)
-LOWER_WAITS = Sql(lower_waits)
-WAITS_OF = Sql(waits_of)
-FREE_JOBS = Sql(free_jobs)
-BLOCK_JOBS = Sql(block_jobs)
-RESULTS_OF = Sql(results_of)
-DATA_OF = Sql(data_of)
-SET_DATA = Sql(set_data)
-MAKE_READY = Sql(make_ready)
+DEPENDENTS_OF = Sql(dependents_of, each=True)
+LOWER_WAITS = Sql(lower_waits, each=True)
+WAITS_OF = Sql(waits_of, each=True)
+FREE_JOBS = Sql(free_jobs, each=True)
+BLOCK_JOBS = Sql(block_jobs, each=True)
+RESULTS_OF = Sql(results_of, each=True)
+DATA_OF = Sql(data_of, each=True)
+SET_DATA = Sql(set_data, each=True)
+MAKE_READY = Sql(make_ready, each=True)
 REQUEUE_JOBS = Sql(requeue_jobs)
 DELETE_JOBS = Sql(delete_by(job.c.id))
 DELETE_EVENTS = Sql(delete_by(event.c.job))
 DELETE_OUTPUTS = Sql(delete_by(output.c.job))
-DELETE_EDGES = Sql(delete_by(edge.c.needs))
+DELETE_EDGES = Sql(delete_by(edge.c.needs), each=True)
 DELETE_STEPS = Sql(delete_by(step.c.job))
 DELETE_OWN_EDGES = Sql(delete_by(edge.c.job))
 
@@ -768,7 +768,7 @@ def drop_limits(dialect: str) -> ClauseElement:
     return sa.delete(limit).where(limit.c.name == r.c.name)
 
 
-BY_UNIQ_KEY = Sql(by_uniq_key)
+BY_UNIQ_KEY = Sql(by_uniq_key, each=True)
 #: The key was kept for a time after the end, and that is over.
 FREE_OLD_KEYS = Sql(set_over_ids(job.c.ended_at.is_not(None), uniq_key=sa.null()))
 #: A job has ended: its turn is over, and it is unique no more unless that was for a time.
