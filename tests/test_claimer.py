@@ -38,7 +38,7 @@ class Line:
         self.store.queue.finish(job, Outcome(QUEUED, reason=reason, counts=False))
 
     def pool(self, type: str = "hash", concurrent: int = 1) -> Pool:
-        pool = Pool(type, concurrent, self, self.claimer.wake)  # type: ignore[arg-type]
+        pool = Pool(type, concurrent, self, self.claimer.room)  # type: ignore[arg-type]
         self.claimer.pools = {**self.claimer.pools, type: pool}
         return pool
 
@@ -332,3 +332,34 @@ def test_stopped_it_claims_nothing_more(line: Line) -> None:
     line.store.submit()
     assert line.claimer.book({1}) == []
     assert line.store.views.jobs([])[0]["state"] == QUEUED
+
+
+def test_ends_of_jobs_go_along_with_the_next_submits(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One commit a job, not two, for somebody who submits one after another."""
+    monkeypatch.setattr(module, "LINGER_S", 0.2)
+    monkeypatch.setattr(module, "LINGER_MOST_S", 5)
+    line.pool(concurrent=1)
+    line.begin()
+    queue, jobs, before = line.store.queue, 200, 0
+    for n in range(20 + jobs):
+        if n == 20:
+            before = queue.writer.commits
+        line.store.submit()
+        until(lambda n=n: len(line.started) > n)  # type: ignore[misc]
+        time.sleep(0.001)
+    assert queue.writer.commits - before < 1.2 * jobs
+    until(lambda: line.done() == 20 + jobs)
+
+
+def test_an_end_that_nobody_takes_along_is_committed_soon(line: Line) -> None:
+    line.pool(concurrent=1)
+    line.begin()
+    waits_s = []
+    for n in range(1, 60):
+        line.store.submit()
+        began_s = time.monotonic()
+        until(lambda n=n: line.done() == n)  # type: ignore[misc]
+        waits_s.append(time.monotonic() - began_s)
+    assert sorted(waits_s)[30] < 0.1

@@ -28,6 +28,10 @@ STALE_S = 0.25
 #: Seconds between two tries while the database is away; also how often another daemon's submits
 #: are looked for on a database that several share.
 RETRY_S, POLL_S = 0.5, 2.0
+#: Seconds that ends which were posted wait for a commit that takes them along, as long as there are
+#: commits; for how long at the most until there is a step; after how many wakes it is tried again,
+#: when there was none.
+LINGER_S, LINGER_MOST_S, LINGER_AGAIN = 0.001, 0.01, 16
 #: Seconds for which a commit in doubt may still go through, and between two looks at what it did.
 DOUBT_S, DOUBT_LOOK_S = 60.0, 1.0
 
@@ -74,6 +78,11 @@ class Claimer:
         # By pool that goes by weights: what each of its levels has to its credit.
         self._credit: dict[str, dict[str, int]] = {}
         self._wake = threading.Event()
+        # Set when the wake is for more than the commit of what was posted.
+        self._wanted = False
+        # True while what was posted may wait, and how often it does not get the chance.
+        self._lingers = False
+        self._hurries = 0
         #: Lanes that may have something to claim; all others are left alone.
         self._hot: set[int] = set()
         # Set when jobs were queued for which no room could be booked.
@@ -93,7 +102,7 @@ class Claimer:
         self.pools: dict[str, Pool] = {}
         #: When the loop last came round, by time.monotonic.
         self.ticked_s = time.monotonic()
-        queue.writer.on_post = self._wake.set
+        queue.writer.on_post = self._nudge
         queue.claims = self
 
     # Told from outside
@@ -105,7 +114,19 @@ class Claimer:
         self._spent, self._credit = {}, {}
 
     def wake(self) -> None:
+        self._wanted = True
         self._wake.set()
+
+    def room(self) -> None:
+        """A place is free."""
+        if self._hot:
+            self.wake()
+        else:
+            self._nudge()
+
+    def _nudge(self) -> None:
+        if not self._lingers:
+            self._wake.set()
 
     def pool(self, type: str, token: int) -> Pool | None:
         """The pool that runs a job, else that of its type."""
@@ -136,7 +157,7 @@ class Claimer:
     def heat(self, lanes: Collection[int] | None = None) -> None:
         """These lanes, or all, may have something to claim."""
         self._hot |= set(self._queue.lanes if lanes is None else lanes)
-        self._wake.set()
+        self.wake()
 
     def book(self, lanes: set[int]) -> list[Want]:
         """Set aside what room there is for jobs of these lanes. `settle` ends it."""
@@ -195,7 +216,7 @@ class Claimer:
         timed = any(found and found.until for found in spent.values())
         if timed and threading.get_ident() != self._thread:
             # It has to be asked again at that time.
-            self._wake.set()
+            self.wake()
 
     def _waits(self, type: str) -> bool:
         """Whether its rate lets nothing start for a time."""
@@ -225,7 +246,7 @@ class Claimer:
                 self._runner.give_back(job, "interrupted")
             crowded = crowded or pool.has_claimed()
             if pool.was_asked():
-                self._wake.set()
+                self.wake()
         missed = queued - seen
         news = missed - self._hot
         if missed:
@@ -233,10 +254,10 @@ class Claimer:
             self._hot |= missed
         if self._rests and (crowded or (booked and not jobs)):
             # Somebody has to see that what was claimed ahead starts, or that room is free again.
-            self._wake.set()
+            self.wake()
         if any(map(self._opens_at, news)):
             # Somebody has to see when the gate opens.
-            self._wake.set()
+            self.wake()
 
     def _opens_at(self, lane_id: int) -> int | None:
         """When a lane that is passed over for a gate or a rate is worth another look."""
@@ -254,12 +275,12 @@ class Claimer:
         for pool in self.pools.values():
             for job in pool.take_back():
                 self._runner.give_back(job, "drained")
-        self._wake.set()
+        self.wake()
 
     def stop(self) -> None:
         """End the loop. What is posted later is committed by `flush`."""
         self._stop = True
-        self._wake.set()
+        self.wake()
 
     # The loop
 
@@ -275,9 +296,35 @@ class Claimer:
                 wait_s = RETRY_S
             if wait_s != 0:
                 self._rests = wait_s is None
-                self._wake.wait(wait_s)
+                self._rest(wait_s)
                 self._rests = False
+            self._wanted = False
             self._wake.clear()
+
+    def _rest(self, wait_s: float | None) -> None:
+        """Sleep until woken. Ends alone wait a little: who submits next commits them with it."""
+        began_s = time.monotonic()
+        if not self._wake.wait(wait_s) or self._wanted:
+            return
+        if self._hurries:
+            self._hurries -= 1
+            return
+        writer = self._queue.writer
+        until_s = time.monotonic() + LINGER_MOST_S
+        if wait_s is not None:
+            until_s = min(until_s, began_s + wait_s)
+        self._lingers = True
+        try:
+            while time.monotonic() < until_s:
+                commits = writer.commits
+                self._wake.clear()
+                if self._wanted or self._wake.wait(LINGER_S):
+                    return
+                if writer.commits == commits:
+                    self._hurries = LINGER_AGAIN
+                    return
+        finally:
+            self._lingers = False
 
     def step(self) -> float | None:
         """Wake what is due, commit what was posted, claim.

@@ -200,7 +200,7 @@ class Daemon:
             key = pool_key(cfg.name)
             pool = pools.get(key)
             if not isinstance(pool, SharedPool):
-                pool = SharedPool(cfg.name, cfg.concurrent, self._runner, self._claimer.wake)
+                pool = SharedPool(cfg.name, cfg.concurrent, self._runner, self._claimer.room)
                 pools[key] = pool
             pool.most, pool.order = own, self._types.rules.order(cfg)
             pool.resize(cfg.concurrent)
@@ -210,7 +210,7 @@ class Daemon:
             if name in pools:
                 pools[name].resize(kind.cfg.concurrent)
             else:
-                pools[name] = Pool(name, kind.cfg.concurrent, self._runner, self._claimer.wake)
+                pools[name] = Pool(name, kind.cfg.concurrent, self._runner, self._claimer.room)
         self._claimer.configure(pools, self._types.rules)
 
     def _rescue(self) -> None:
