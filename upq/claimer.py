@@ -206,7 +206,7 @@ class Claimer:
         return plan
 
     def looked(self, again: set[int], spent: dict[str, Spent | None]) -> None:
-        """Hear after the commit what the draws have met."""
+        """Hear after the commit which lanes may have more, and what limits the draws have met."""
         self._hot |= again
         for type, found in spent.items():
             if found is not None:
@@ -224,7 +224,7 @@ class Claimer:
         return spent is not None and spent.until > when.now()
 
     def settle(self, queued: set[int], booked: list[Want], jobs: list[Job]) -> None:
-        """Hand out what was claimed for booked room. A lane that may have more is worth a look."""
+        """Hand out what was claimed for booked room."""
         got: dict[int, list[Job]] = {}
         for job in jobs:
             got.setdefault(job.lane, []).append(job)
@@ -240,8 +240,6 @@ class Claimer:
                 seen.add(lane)
                 pool = self.pools[self._queue.lanes[lane].type]
                 mine = got.get(lane, [])
-                if len(mine) == room:
-                    self._hot.add(lane)
             for job in pool.give(room, mine):
                 self._runner.give_back(job, "interrupted")
             crowded = crowded or pool.has_claimed()

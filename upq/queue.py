@@ -144,7 +144,7 @@ class Claims(Protocol):
         """What to draw from, inside the transaction that does; these lanes have got new jobs."""
 
     def looked(self, again: set[int], spent: dict[str, Spent | None]) -> None:
-        """These lanes were drawn from and may have more; these types are at the end of a limit."""
+        """These lanes may have more to claim; these types are at the end of a limit."""
 
     def settle(self, queued: set[int], booked: list[Want], jobs: list[Job]) -> None:
         """Take what was claimed for the places booked; these lanes have got new jobs."""
@@ -265,7 +265,7 @@ class Queue:
 
     def note(self, batch: Batch, committed: bool) -> None:
         """Hear how a batch has ended, in the thread that led it, before the next one begins."""
-        if batch.drawn:
+        if batch.drawn or batch.again:
             self.claims.looked(*((batch.again, batch.spent) if committed else (batch.drawn, {})))
         if not committed:
             self.claims.settle(set(), batch.booked, [])
