@@ -25,7 +25,7 @@ def spent(daemon: Daemon, names: Sequence[str], n: int, made: int) -> tuple[floa
     before, cpu_s, began = daemon.done(), daemon.cpu_s(), time.perf_counter()
     for name in names:
         pipelined(daemon, n, f"{name} fid:50\n".encode())
-    wait_done(daemon, before + made, 0.01)
+    wait_done(daemon, before + made)
     return time.perf_counter() - began, daemon.cpu_s() - cpu_s
 
 

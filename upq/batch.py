@@ -40,7 +40,7 @@ from upq.job import (
     Outcome,
 )
 from upq.joins import Joins, after_reason, block, branches_of, waits_reason
-from upq.limits import Limiter, is_paced, kept, kept_text, turn_reason
+from upq.limits import Limiter, has_limits, is_paced, kept, kept_text, turn_reason
 from upq.members import Members, kept_batch
 from upq.notify import address
 from upq.sql import Sql, Tx
@@ -549,7 +549,7 @@ class Batch:
         return claimed
 
     def _start(self, picked: list[Any]) -> list[tuple[Any, int, int]]:
-        if any(row[6] for row in picked):
+        if any(row[6] and has_limits(row[6]) for row in picked):
             picked = self.limiter.begin(picked)
         if not picked:
             return []

@@ -30,7 +30,7 @@ from upq.queue import Lane
 from upq.record import canonical, digest
 from upq.secret import secret_texts
 from upq.trees import Lifeline
-from upq.workflow import DELAY
+from upq.workflow import DELAY, LAST
 
 log = logging.getLogger(__name__)
 
@@ -279,7 +279,9 @@ class JobTypes:
         if kind is not None and kind.params is not None:
             with contextlib.suppress(BadParams):
                 params = kind.at_run(params)
-        new = NewJob(name, params, self.queue_of_step(name, params), options=options,
+        if options == LAST and kind is not None and not kind.cfg.subjobs:
+            options = {}  # it says nothing that the type does not
+        new = NewJob(name, params, self.queue_of_step(name, params), options={**options},
                      submitter=of.submitter, parent=of.id, root=of.root)  # fmt: skip
         if kind is not None:
             new.priority = kind.cfg.priority

@@ -59,8 +59,13 @@ def kept(options: dict[str, Any]) -> dict[str, Any]:
     return options.get(KEPT) or {}
 
 
+def has_limits(options: str) -> bool:
+    """Whether options as they are stored may say something of limits."""
+    return f'"{KEPT}"' in options
+
+
 def kept_text(options: str | None) -> dict[str, Any]:
-    return kept(json.loads(options)) if options and f'"{KEPT}"' in options else {}
+    return kept(json.loads(options)) if options and has_limits(options) else {}
 
 
 def turn_reason(limits: dict[str, Any]) -> str:

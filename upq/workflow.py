@@ -18,6 +18,8 @@ from upq.secret import mask, secret_texts
 
 #: What follows a job, in its `options`: steps as `parse` returns them, lists in JSON.
 CHAIN = "chain"
+#: The options of the last step.
+LAST: dict[str, Any] = {CHAIN: []}
 #: In the options of a branch: the id of the job that joins it.
 JOIN = "join"
 #: In the options of a join: the ids of its branches by their types.
@@ -80,7 +82,7 @@ def following(chain: Chain, join: int | None, make: Make) -> list[NewJob]:
     if isinstance(step, str):
         options = {CHAIN: rest} if join is None else {CHAIN: rest, JOIN: join}
         return [make(step, options=options)]
-    branches = [make(name, options={CHAIN: []}) for name in step]
+    branches = [make(name, options=LAST) for name in step]
     if not rest:
         return branches
     (name, *rest) = rest
