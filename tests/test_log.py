@@ -361,3 +361,29 @@ def test_threads_do_not_break_each_others_lines() -> None:
         thread.join()
     os.close(writer)
     assert {len(set(line)) for line in read} == {2}
+
+
+def test_lines_that_belong_together_are_written_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "upq.log"
+    log.setup(logfile=file)
+    written: list[bytes] = []
+    write = os.write
+
+    def noted(fd: int, data: bytes) -> int:
+        written.append(data)
+        return write(fd, data)
+
+    monkeypatch.setattr(os, "write", noted)
+    with log.together():
+        for n in range(3):
+            with log.job("test", n):
+                logging.getLogger("upq.x").info("line %d", n)
+        assert written == []
+    assert len(written) == 1
+    assert [line.split("INFO")[1].strip() for line in file.read_text().splitlines()] == [
+        f"(test:{n}) line {n}" for n in range(3)
+    ]
+    logging.getLogger("upq.x").info("alone")
+    assert len(written) == 2

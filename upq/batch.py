@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from upq import log as logs
 from upq import statements as st
 from upq.draws import Allowance, Bounds, Draw, Plan, Spent, choose
 from upq.errors import IsCancelled, KeyConflict, NotFound, RequestError
@@ -317,8 +318,10 @@ class Batch:
         self._home.note(self, committed=True)
 
     def tell(self) -> None:
-        for told, accepted in self._told:
-            told(accepted)
+        if self._told:
+            with logs.together():
+                for told, accepted in self._told:
+                    told(accepted)
         if self.asked:
             self._home.end_running(self.asked)
 

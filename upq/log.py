@@ -7,6 +7,7 @@ thread then begins with `(type:id)`, or `(type:id<root)` for one that belongs to
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from operator import itemgetter
 from pathlib import Path
 
 #: The `logformat` that writes one JSON object a line.
@@ -35,6 +37,8 @@ _PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), 
 
 class _Here(threading.local):
     job: tuple[str, int, int] | None = None
+    #: What `together` holds back, each with its handler.
+    lines: list[tuple[LineHandler, bytes]] | None = None
 
 
 _here = _Here()
@@ -56,6 +60,21 @@ def hiding(texts: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         _hide(texts, -1)
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Lines that this thread logs inside the block are written at its end, with one write().
+
+    At each write another thread may take Python's lock, and keep it for a while.
+    """
+    _here.lines = []
+    try:
+        yield
+    finally:
+        lines, _here.lines = _here.lines, None
+        for handler, group in itertools.groupby(lines, itemgetter(0)):
+            handler.write([line for _, line in group])
 
 
 def _hide(texts: Sequence[str], by: int) -> None:
@@ -197,11 +216,25 @@ class LineHandler(logging.Handler):
             if self.to_journal:
                 text = _for_journal(record.levelno, text)
             self._follow_rotation(int(record.created))
-            self._write(f"{text}\n".encode("utf-8", "backslashreplace"))
-            self._told.discard("write to")
+            line = f"{text}\n".encode("utf-8", "backslashreplace")
         except Exception as error:
             self.lost += 1
             self._complain("write to", error)
+            return
+        if _here.lines is None:
+            self.write([line])
+        else:
+            _here.lines.append((self, line))
+
+    def write(self, lines: Sequence[bytes]) -> None:
+        """Write lines with one write()."""
+        with self.lock or contextlib.nullcontext():
+            try:
+                self._write(b"".join(lines))
+                self._told.discard("write to")
+            except Exception as error:
+                self.lost += len(lines)
+                self._complain("write to", error)
 
     def reopen(self) -> None:
         """Open the file anew by its name, as after SIGHUP; the old one is kept if that fails."""
