@@ -224,6 +224,44 @@ def test_fewer_places_hold_from_the_next_job_on(work: Work) -> None:
     until(lambda: len(work.ended) == 6)
 
 
+def test_short_jobs_are_left_to_few_threads(work: Work) -> None:
+    pool = work.pool(4)
+    by_round: list[set[int]] = []
+
+    def act(_: Job) -> None:
+        by_round[-1].add(threading.get_ident())
+        time.sleep(0.0001)
+
+    work.act = act
+    for n in range(60):
+        by_round.append(set())
+        give(pool, *[claimed() for _ in range(50)])
+        until(lambda n=n: len(work.ended) == 50 * (n + 1))  # type: ignore[misc]
+    used = [len(threads) for threads in by_round[30:]]  # by now they are known to be short
+    assert sum(used) / len(used) <= 2.5
+
+
+def test_behind_one_that_is_long_short_jobs_do_not_wait(work: Work) -> None:
+    pool = work.pool(4)
+    work.act = lambda _: None
+    for n in range(30):
+        give(pool, *[claimed() for _ in range(20)])
+        until(lambda n=n: len(work.ended) == 20 * (n + 1))  # type: ignore[misc]
+    long = claimed()
+
+    def act(job: Job) -> None:
+        if job == long:
+            work.gate(job.id).wait(20)
+
+    work.act = act
+    began_s = time.monotonic()
+    give(pool, long, *[claimed() for _ in range(40)])
+    until(lambda: len(work.ended) == 640)
+    assert time.monotonic() - began_s < 0.5
+    work.let_go(long)
+    until(lambda: len(work.ended) == 641)
+
+
 # Ahead
 
 

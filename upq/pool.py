@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 
 #: Seconds of work that may be claimed beyond the free places, and jobs at the most.
 LOOK_AHEAD_S, LOOK_AHEAD_JOBS = 0.02, 256
+#: Jobs that take no longer, in seconds, are left to the threads that run if these will have started
+#: them within so many seconds: more threads would only take Python's lock from each other.
+SHORT_S, SOON_S = 0.0005, 0.02
 #: Seconds between two looks of a parent whether its type has a place again.
 LOOK_S = 0.05
 #: Seconds an idle thread stays when it is not the only one.
@@ -95,6 +98,9 @@ class Pool:
                 self._suspects = any(job.crashes for job in jobs)
             self._claimed.extend((job, now) for job in jobs)
             wanted = min(len(self._claimed), self.concurrent - self._running)
+            if self._usual_s <= SHORT_S:
+                # And one that sees to what they have not started in time.
+                wanted = min(wanted, int(len(self._claimed) * self._usual_s / SOON_S) + 2)
             self._changed.notify(min(wanted, self._idle))
             for _ in range(wanted - self._idle):
                 self._start_thread()
@@ -263,11 +269,20 @@ class Pool:
                 if self._closed:
                     break
                 if self._claimed and has_place:
+                    late = time.monotonic() - self._claimed[0][1] >= SOON_S
+                    if not late and self._are_enough():
+                        self._idle += 1
+                        self._changed.wait(SOON_S / 2)
+                        self._idle -= 1
+                        continue
                     job, _ = self._claimed.popleft()
                     self._running += 1
                     self._jobs[job.token] = job
-                    if self._claimed and self._running < self.concurrent and not self._idle:
-                        self._start_thread()
+                    if self._claimed and self._running < self.concurrent:
+                        if not self._idle:
+                            self._start_thread()
+                        elif late:
+                            self._changed.notify()
                     return job
                 self._wake_claimer()
                 if self._threads - len(self._parked) > self.concurrent + SPARE_THREADS:
@@ -279,6 +294,11 @@ class Pool:
                     break
             self._threads -= 1
             return None
+
+    def _are_enough(self) -> bool:
+        """Whether those that run will soon have started all that is claimed, by the latest jobs."""
+        work_s = len(self._claimed) * self._usual_s
+        return self._usual_s <= SHORT_S and 0 < work_s <= self._running * SOON_S
 
 
 class SharedPool(Pool):
