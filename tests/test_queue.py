@@ -1363,7 +1363,10 @@ def test_sqlite_looks_up_the_rows_it_is_given_by_key(tmp_path: Path, n: int) -> 
             assert not re.search(r"SCAN upq_", plan), (name, plan)
             for used in re.findall(r"SEARCH upq_\w+ USING (.*?) \(", plan):
                 assert re.search(by_key, used), (name, plan)
-        # More rows than one statement takes, and fewer than the next smaller one.
-        parts = statements.LOWER_WAITS.spread(dialect, [(i, 1) for i in range(64 + 16 + 7)], {})
-        assert [len(given) // 2 for _, given in parts] == [64, 16, 7]
-        assert [id for _, given in parts for id in given[::2]] == [*range(87)]
+        # Rows up to the next number that is prepared, and more than one statement takes.
+        few, many = ([(i, 1) for i in range(n)] for n in (5, 300))
+        parts = statements.LOWER_WAITS.spread(dialect, few, {})
+        assert [given for _, given in parts] == [(0, 1, 1, 1, 2, 1, 3, 1, 4, 1, None, None)]
+        parts = statements.LOWER_WAITS.spread(dialect, many, {})
+        assert [id for _, given in parts for id in given[::2] if id is not None] == [*range(300)]
+        assert [text.count("(?, ?)") for text, _ in parts] == [256, 48]

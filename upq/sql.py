@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -81,7 +82,11 @@ class Sql:
     def spread(
         self, dialect: sa.Dialect, values: Sequence[Sequence[Any]], params: Mapping[str, Any]
     ) -> list[tuple[str, tuple[Any, ...]]]:
-        """The texts for SQLite, each with some of the rows, which are given value by value."""
+        """The texts for SQLite, each with some of the rows, which are given value by value.
+
+        One but for very many rows: another thread may take Python's lock at each statement, and
+        keep it. What is missing to a number that is prepared are rows of NULL, which match nothing.
+        """
         _, names, defaults = self.on(dialect)
         assert names is not None
         given = {**defaults, **params}
@@ -89,12 +94,12 @@ class Sql:
         before = [given[name] for name in names[:at]]
         after = [given[name] for name in names[at + 1 :]]
         found = []
-        done, left = 0, len(values)
-        while left:
-            n = left if left <= FEW else min(1 << left.bit_length() - 1, MANY)
-            part = chain.from_iterable(values[done : done + n] if n < left or done else values)
-            found.append((self._over.get(n) or self._make(dialect, n), (*before, *part, *after)))
-            done, left = done + n, left - n
+        for done in range(0, len(values), SIZES[-1]):
+            part = values[done : done + SIZES[-1]] if len(values) > SIZES[-1] else values
+            n = SIZES[bisect_left(SIZES, len(part))]
+            text = self._over.get(n) or self._make(dialect, n)
+            none = (None,) * ((n - len(part)) * len(part[0]))
+            found.append((text, (*before, *chain.from_iterable(part), *none, *after)))
         return found
 
     def _make(self, dialect: sa.Dialect, n: int) -> str:
@@ -109,8 +114,8 @@ class Sql:
 #: A column of `rows()` in SQLite.
 JSON_COLUMN = re.compile(r"value->>(\d+)")
 #: SQLite reads rows that are given value by value three times faster than from JSON, but has to
-#: prepare a statement for each number of them: that is any up to FEW, or a power of two up to MANY.
-FEW, MANY = 8, 64
+#: prepare a statement for each number of them: these.
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 

@@ -57,14 +57,16 @@ def insert_jobs(**given: type) -> Callable[[str], ClauseElement]:
         r = rows(dialect, **given)
         columns = [*given, *AS_NEW]
         fixed = [sa.literal(value) for value in AS_NEW.values()]
-        return sa.insert(job).from_select(columns, sa.select(*r.c, *fixed), include_defaults=False)
+        chosen = sa.select(*r.c, *fixed).where(r.c.id.is_not(None))
+        return sa.insert(job).from_select(columns, chosen, include_defaults=False)
 
     return build
 
 
 def insert_into(table: sa.Table[Any], **columns: type) -> Sql:
     def build(dialect: str) -> ClauseElement:
-        chosen = sa.select(*rows(dialect, **columns).c)
+        r = rows(dialect, **columns)
+        chosen = sa.select(*r.c).where(next(iter(r.c)).is_not(None))
         return sa.insert(table).from_select(list(columns), chosen, include_defaults=False)
 
     return Sql(build, each=True)
