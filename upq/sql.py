@@ -34,7 +34,8 @@ def rows(dialect: str, **columns: type) -> sa.Subquery:
         source = f"SELECT {picked} FROM jsonb_array_elements(CAST(:rows AS jsonb)) AS v"
     else:
         word = {int: "BIGINT", str: "LONGTEXT"}
-        made = ", ".join(f"{n} {word[t]} PATH '$[{i}]'" for i, (n, t) in enumerate(named))
+        # In quotes: `rank` is a word of MySQL's own.
+        made = ", ".join(f"`{n}` {word[t]} PATH '$[{i}]'" for i, (n, t) in enumerate(named))
         source = f"SELECT * FROM JSON_TABLE(:rows, '$[*]' COLUMNS({made})) AS j"
     kinds: dict[type, sa.types.TypeEngine[Any]] = {int: sa.BigInteger(), str: sa.Text()}
     # With a value, or an IN beside it could not be spelt out when the statement is compiled.
