@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import timeit
 from pathlib import Path
 
@@ -230,6 +231,28 @@ def test_submit_many_adds_to_a_batch_and_closes_it() -> None:
 )
 def test_json_that_does_not_fit_is_bad_params(line: str) -> None:
     with pytest.raises(BadParams):
+        parse(line)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('{"submit": "a", "parms": {}}', 'not "parms" (did you mean params?)'),
+        ('{"sumbit": "a"}', 'a submit is {"submit": type,'),
+        ('{"submit": "a", "params": [1]}', "params: a JSON object is needed, not [1]"),
+        ('{"submit": "a", "options": "x"}', 'options: a JSON object is needed, not "x"'),
+        ('{"submit": "a", "options": {"retires": 1}}', "no option @retires (did you mean retries?)"),
+        ('{"submit_many": ["a", {"submit": 5}]}', "job 2 of 2: submit: text is needed"),
+        ('{"submit_many": ["a", "b @in:x"]}', "job 2 of 2: @in: 'x' is not a duration"),
+        ('{"then": {"sbmit": "a"}}', "then: a submit is"),
+        ('{"then": "a", "wen": "done"}', 'not "wen" (did you mean when?)'),
+        ('{"verb": "stauts"}', 'no verb "stauts" (did you mean status?)'),
+        ('{"verb": "wait", "id": 1, "timout": 1}', 'not "timout" (did you mean timeout?)'),
+        ("jobs stat:failed", 'not "stat" (did you mean state?)'),
+    ],
+)
+def test_a_fault_names_the_member_and_what_it_may_have_meant(line: str, told: str) -> None:
+    with pytest.raises(RequestError, match=re.escape(told)):
         parse(line)
 
 

@@ -129,6 +129,11 @@ def test_ten_mebibytes_without_a_line_end_are_one_error_and_no_memory(daemon: Da
     assert daemon.rss_mib() - before < 4
 
 
+def test_a_mistyped_verb_is_told_what_it_may_be(daemon: Daemon) -> None:
+    told = "ERR unknown_command no job type stauts (did you mean status?)"
+    assert daemon.say("stauts") == told
+
+
 @pytest.mark.parametrize(
     ("line", "code"),
     [

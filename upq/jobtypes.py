@@ -26,6 +26,7 @@ from upq.job import QUEUE, REPLACE, Job, Limits, NewJob
 from upq.notify import NOTIFY, TARGET_URL, secret_settings
 from upq.params import ParamSpec, fill_key, names_in, queue_of, shown, suggest
 from upq.plugins import Desk, Loader, UpqJob, blame
+from upq.protocol import VERBS
 from upq.queue import Lane
 from upq.record import canonical, digest
 from upq.secret import secret_texts
@@ -244,7 +245,8 @@ class JobTypes:
         """Raises UnknownCommand with a suggestion."""
         found = self.by_name.get(name)
         if found is None:
-            raise UnknownCommand(f"no job type {name[:64]}{suggest(name, self.by_name)}")
+            close = suggest(name, [*self.by_name, *VERBS])
+            raise UnknownCommand(f"no job type {name[:64]}{close}")
         return found
 
     def hold(self, lane: Lane) -> str:

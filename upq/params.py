@@ -27,6 +27,9 @@ BOOLEANS = {
     **dict.fromkeys(("no", "false", "off", "0"), False),
 }
 
+#: Of a word that nobody knows, those that are compared: it may be a line of a MiB.
+SUGGEST_CHARS = 100
+
 _NAME = r"[A-Za-z_][A-Za-z0-9_-]*"
 _PARAM = re.compile(
     rf"(?P<name>{_NAME})(?::(?P<type>[a-z]+)(?:\((?P<choices>[^)]*)\))?)?(?P<optional>\?)?"
@@ -40,7 +43,7 @@ _SCRIPT_NEXT = re.compile(r"-[a-z]*c")
 
 def suggest(word: str, known: Iterable[str]) -> str:
     """ " (did you mean fid?)", or "" when nothing known looks like the word."""
-    close = difflib.get_close_matches(word, list(known), 1)
+    close = difflib.get_close_matches(word[:SUGGEST_CHARS], list(known), 1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 

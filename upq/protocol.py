@@ -9,11 +9,13 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from upq import when, wire
-from upq.errors import BadParams, BadText, TooLong, UnknownCommand
+from upq.errors import BadParams, BadText, RequestError, TooLong, UnknownCommand
 from upq.job import DONE, ENDED, PRIORITIES, STATES
+from upq.params import suggest
 
 #: Levels of objects and lists in JSON.
 JSON_DEPTH = 32
@@ -245,7 +247,7 @@ def _parse_json(text: str) -> Request:
     if "verb" in fields:
         verb = fields.pop("verb")
         if not isinstance(verb, str) or verb not in VERBS:
-            raise UnknownCommand(f"no verb {json.dumps(verb)[:40]}")
+            raise UnknownCommand(f"no verb {_quoted(verb)}{suggest(str(verb), VERBS)}")
         return Request(VERB, verb, _convert_arguments(verb, fields), json=True, line=text)
     if not fields.keys().isdisjoint(("submit_many", "then", "batch")):
         return _json_many(fields, text)
@@ -258,7 +260,8 @@ def _json_many(fields: dict[str, Any], text: str) -> Request:
         raise BadParams("submit_many takes a list of submits")
     batch = None
     if "then" in fields:
-        known = {"then": _submit_of, "when": _when, "open": _yes}
+        known: Mapping[str, Callable[[Any], Any]]
+        known = {"then": partial(_part, "then"), "when": _when, "open": _yes}
         batch = Batch(**_fields("a new batch", known, fields))
     elif "batch" in fields:
         known = {"batch": _number, "key": _text, "close": _yes}
@@ -269,7 +272,9 @@ def _json_many(fields: dict[str, Any], text: str) -> Request:
         _fields("submit_many without then or batch", {}, fields)
     if not submits and (batch is None or (batch.open and batch.then is None)):
         raise BadParams("submit_many takes a list of submits; it is empty")
-    many = tuple(map(_submit_of, submits))
+    many = tuple(
+        _part(f"job {n} of {len(submits)}", submit) for n, submit in enumerate(submits, 1)
+    )
     return Request(SUBMIT_MANY, SUBMIT_MANY, {}, NO_OPTIONS, many, batch, True, text)
 
 
@@ -278,9 +283,18 @@ def _fields(
 ) -> dict[str, Any]:
     for name in given:
         if name not in known:
-            beside = ", ".join(["submit_many", *known])
-            raise BadParams(f"{what} takes {beside}; not {json.dumps(name)[:40]}")
+            beside = ["submit_many", *known]
+            close = suggest(name, beside)
+            raise BadParams(f"{what} takes {', '.join(beside)}; not {_quoted(name)}{close}")
     return {name: _convert(name, known[name], value) for name, value in given.items()}
+
+
+def _part(which: str, value: Any) -> Request:
+    """One submit of several. Raises RequestError that says which."""
+    try:
+        return _submit_of(value)
+    except RequestError as error:
+        raise type(error)(f"{which}: {error}") from None
 
 
 def _submit_of(value: Any) -> Request:
@@ -293,14 +307,27 @@ def _submit_of(value: Any) -> Request:
     return request
 
 
+_OF_SUBMIT = ("submit", "params", "options")
+_A_SUBMIT = 'a submit is {"submit": type, "params": {...}, "options": {...}}'
+
+
 def _json_submit(fields: Any, text: str = "") -> Request:
-    if not isinstance(fields, dict) or not fields.keys() <= {"submit", "params", "options"}:
-        raise BadParams('a submit is {"submit": type, "params": {...}, "options": {...}}')
-    verb = _convert("submit", _text, fields.get("submit"))
+    if not isinstance(fields, dict) or "submit" not in fields:
+        raise BadParams(f"{_A_SUBMIT}; a verb is {{\"verb\": name}}")
+    for name in fields:
+        if name not in _OF_SUBMIT:
+            raise BadParams(f"{_A_SUBMIT}; not {_quoted(name)}{suggest(name, _OF_SUBMIT)}")
+    verb = _convert("submit", _text, fields["submit"])
     params, options = fields.get("params", {}), fields.get("options", {})
-    if not isinstance(params, dict) or not isinstance(options, dict):
-        raise BadParams("params and options are JSON objects")
+    for name, given in ("params", params), ("options", options):
+        if not isinstance(given, dict):
+            raise BadParams(f"{name}: a JSON object is needed, not {_quoted(given)}")
     return Request(SUBMIT, verb, params, _read_options(options), (), None, True, text)
+
+
+def _quoted(value: Any) -> str:
+    """A value as an error message shows it: no more than its beginning."""
+    return json.dumps(value)[:40]
 
 
 def _load_all(text: str) -> Any:
@@ -456,7 +483,8 @@ def _read_options(given: Mapping[str, Any]) -> Options:
     fields = {}
     for name, value in given.items():
         if name not in _OPTIONS:
-            raise BadParams(f"no option @{name[:40]}; there are @{' @'.join(_OPTIONS)}")
+            close = suggest(name, _OPTIONS)
+            raise BadParams(f"no option @{name[:40]}{close}; there are @{' @'.join(_OPTIONS)}")
         field, convert = _OPTIONS[name]
         fields[field] = _convert(f"@{name}", convert, value)
     if "in_s" in fields and "run_at" in fields:
@@ -510,7 +538,11 @@ _OF_VERB: Mapping[str, Mapping[str, Callable[[Any], Any]]] = {
 def _convert_arguments(verb: str, given: Mapping[str, Any]) -> dict[str, Any]:
     known = _ARGUMENTS[verb]
     needed = {argument.name for argument in known if argument.is_needed}
-    if not needed <= given.keys() <= {argument.name for argument in known}:
+    names = [argument.name for argument in known]
+    for name in given:
+        if name not in names:
+            raise BadParams(f"{_misused(verb)}; not {_quoted(name)}{suggest(name, names)}")
+    if not needed <= given.keys():
         raise _misused(verb)
     own = _OF_VERB.get(verb, {})
     return {
