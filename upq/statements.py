@@ -219,6 +219,8 @@ def below(dialect: str, columns: Sequence[Any]) -> ClauseElement:
     # An expression, or all jobs would be gone through in the order of their ids.
     n = (job.c.id + 0).label("n")
     children = sa.select(*columns).where(n > big("above"))
+    if dialect == "mysql":  # MySQL would begin with all jobs
+        children = children.prefix_with("STRAIGHT_JOIN").select_from(r)
     if dialect != "postgresql":
         return children.where(job.c.parent == r.c.id).order_by(n).limit(most)
     # Parent by parent, or it joins with the whole table. That few have the same parent it believes
