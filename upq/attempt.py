@@ -17,7 +17,7 @@ from upq.errors import (
 )
 from upq.interrupt import Interrupted
 from upq.job import CANCELLED, DONE, FAILED, RESULT_LIMIT_BYTES, encode
-from upq.plugins import UpqJob, blame
+from upq.plugins import UpqJob, blame, raised_at
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +72,9 @@ def perform(plugin: UpqJob, file: Path, checks: bool) -> Report:
     except (Unavailable, Uncertain) as error:
         return Report(AWAY, one_line(error))
     except RequestError as error:
-        text = join(said(plugin), f"{error.code} {error}")
-        return Report(FAILED, text, sound_result(plugin))
+        where = raised_at(error, file)
+        text = f"{where}: {error.code} {error}" if where else f"{error.code} {error}"
+        return Report(FAILED, join(said(plugin), text), sound_result(plugin))
     except ChildFailed as error:
         return Report(FAILED, join(said(plugin), str(error)), sound_result(plugin))
     except BaseException as error:  # a job's sys.exit() ends the job, not the thread

@@ -649,10 +649,14 @@ def blame(error: BaseException, file: Path) -> str:
         return str(error)
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}: {type(error).__name__}: {error.msg}"
+    return f"{raised_at(error, file) or file}: {type(error).__name__}: {error}"
+
+
+def raised_at(error: BaseException, file: Path) -> str:
+    """`file:line` of the job's own code that an error came through last; "" when none did."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame for frame in frames if Path(frame.filename).parent == file.parent]
-    where = f"{lines[-1].filename}:{lines[-1].lineno}" if lines else str(file)
-    return f"{where}: {type(error).__name__}: {error}"
+    return f"{lines[-1].filename}:{lines[-1].lineno}" if lines else ""
 
 
 def line_of(cls: type, fault: str) -> int:
