@@ -400,6 +400,28 @@ def test_show_is_a_block_and_a_time_line(server: LineServer, run: Cli) -> None:
     assert "2026-11-22T00:05:12.5Z\tdone\t1\tn1\t\t\ta\\x1b[2Jb\n" in run("show", "5").stdout
 
 
+def test_what_upq_says_has_local_times_on_a_terminal(server: LineServer, run: Cli) -> None:
+    run.env["NO_COLOR"] = "1"
+    why = (
+        "it waits since 2026-11-22T00:05:11.123456Z: a window is closed until 2026-11-22T06:00:00Z"
+    )
+    local = "it waits since 2026-11-22 02:05:11: a window is closed until 2026-11-22 08:00:00"
+    answers(server, {"id": 5, "state": "queued", "why": why})
+    assert run("why", "5").stdout == f"{why}\n"
+    assert run.on_terminal("why", "5") == f"{local}\n"
+    waiting = job(
+        5, state="queued", message="made 2026-11-22T00:05:11Z", reason="until 2026-11-22T06:00:00Z"
+    )
+    answers(server, {"job": waiting, "why": why, "history": []})
+    assert f"\nwhy         {local}\n" in run.on_terminal("show", "5")
+    done = {**waiting, "id": 6, "state": "done"}
+    answers(server, {"jobs": [waiting, done]})
+    run.env["COLUMNS"] = "200"
+    listed = run.on_terminal("jobs")
+    assert "until 2026-11-22 08:00:00\n" in listed
+    assert "made 2026-11-22T00:05:11Z\n" in listed
+
+
 def test_status_is_a_block_with_its_counts(server: LineServer, run: Cli) -> None:
     answers(server, {"state": "running", "jobs": {"queued": 3, "done": 0}, "broken": {}})
     assert run("status").stdout == "state\trunning\njobs.queued\t3\njobs.done\t0\n"

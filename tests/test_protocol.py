@@ -241,7 +241,10 @@ def test_json_that_does_not_fit_is_bad_params(line: str) -> None:
         ('{"sumbit": "a"}', 'a submit is {"submit": type,'),
         ('{"submit": "a", "params": [1]}', "params: a JSON object is needed, not [1]"),
         ('{"submit": "a", "options": "x"}', 'options: a JSON object is needed, not "x"'),
-        ('{"submit": "a", "options": {"retires": 1}}', "no option @retires (did you mean retries?)"),
+        (
+            '{"submit": "a", "options": {"retires": 1}}',
+            "no option @retires (did you mean retries?)",
+        ),
         ('{"submit_many": ["a", {"submit": 5}]}', "job 2 of 2: submit: text is needed"),
         ('{"submit_many": ["a", "b @in:x"]}', "job 2 of 2: @in: 'x' is not a duration"),
         ('{"then": {"sbmit": "a"}}', "then: a submit is"),

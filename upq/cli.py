@@ -245,7 +245,8 @@ class _Call:
                     if over_s is not None and time.monotonic() >= over_s:
                         raise
                 now = client.verb("why", id=id)
-                told = _progress(now["progress"]) if now["state"] == "running" else now["why"]
+                is_running = now["state"] == "running"
+                told = _progress(now["progress"]) if is_running else self.screen.told(now["why"])
                 if now["state"] in _FINAL:
                     told = "the whole: " + _summary(client.show(id)["whole"])
                 line = _visible(wire.one_line(f"job {id} {now['state']}  {told or ''}".rstrip()))
@@ -442,6 +443,8 @@ _COLUMNS: Mapping[str, Sequence[str]] = {
     ),
 }
 _COLORS = {"done": 32, "failed": 31, "running": 36, "blocked": 33, "cancelled": 35, "expired": 35}
+#: A time as `when.iso` writes it.
+_TIME = re.compile(r"\b\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?Z")
 #: Changes of state of a tree that a terminal shows.
 _LOG_LINES = 100
 #: Characters that a column keeps, however narrow the terminal.
@@ -467,7 +470,7 @@ class _Screen:
             if (whole := data.get("whole")) and whole["expected"] > 1:
                 print(f"the whole: {_summary(whole)}")
         elif verb == "why":
-            print(_visible(data["why"]))
+            print(_visible(self.told(data["why"])))
         elif verb == "reload":
             lines = [change["text"] for change in data["changes"]] or ["nothing has changed"]
             lines += [f"warning: {text}" for text in data["warnings"]]
@@ -481,7 +484,8 @@ class _Screen:
                 shown = {key: value for key, value in data.items() if key not in alone}
                 self._sections(job | shown | {"job": None})
                 return
-            self._sections(job | {"history": None})
+            why = self.told(data["why"]) if job["state"] not in _FINAL else ""
+            self._sections(job | {"why": why, "history": None})
             self._timeline(data)
             if data.get("tree"):
                 self._tree(data)
@@ -495,6 +499,12 @@ class _Screen:
                 print(f"more: before:{data['next']}")
         else:
             self._sections(data)
+
+    def told(self, text: str) -> str:
+        """What upq says in a sentence; on a terminal its times are local."""
+        if self.is_terminal:
+            text = _TIME.sub(lambda found: _local_time(found[0], "seconds"), text)
+        return text
 
     def _output(self, data: Mapping[str, Any]) -> None:
         text = data["text"]
@@ -593,7 +603,7 @@ class _Screen:
                 print(f"{key}\t{cell}")
 
     def _table(self, keys: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-        cells = [[self._cell(key, _value(key, row)) for key in keys] for row in rows]
+        cells = [[self._cell(*_field(key, row)) for key in keys] for row in rows]
         if not self.is_terminal:
             print(*("\t".join(row) for row in cells), sep="\n")
             return
@@ -622,7 +632,7 @@ class _Screen:
             return "yes" if value else "no"
         if key in ("params", "jobdata") and isinstance(value, dict):
             return wire.one_line(_words(value))
-        if key in ("progress", "info") and isinstance(value, dict):
+        if key == "progress" and isinstance(value, dict):
             return wire.one_line(_progress(value))
         if self.is_terminal and key.endswith("_s") and isinstance(value, int | float):
             return _short(value)
@@ -632,7 +642,7 @@ class _Screen:
             return _json(value)
         if self.is_terminal and (key == "at" or key.endswith("_at")):
             return _local_time(value, "milliseconds" if key == "at" else "seconds")
-        return wire.one_line(value)
+        return wire.one_line(self.told(value) if key == "reason" else value)
 
     def _painted(self, text: str) -> str:
         color = _COLORS.get(text.strip()) if self.has_color else None
@@ -645,13 +655,13 @@ def _is_section(key: str, value: Any) -> bool:
     return isinstance(value, dict) or (isinstance(value, list) and isinstance(value[0], dict))
 
 
-def _value(key: str, row: Mapping[str, Any]) -> Any:
-    """A field; `info` is what is worth knowing of a job now."""
-    if key != "info":
-        return row.get(key)
-    if row.get("state") in _FINAL and row.get("message"):
-        return row["message"]
-    return row.get("reason") or row.get("progress") or row.get("message")
+def _field(key: str, row: Mapping[str, Any]) -> tuple[str, Any]:
+    """A field with its name; `info` is the one that is worth knowing of a job now."""
+    if key == "info":
+        is_over = row.get("state") in _FINAL and row.get("message")
+        names = ("message",) if is_over else ("reason", "progress", "message")
+        key = next((name for name in names if row.get(name)), "message")
+    return key, row.get(key)
 
 
 def _took_s(job: Mapping[str, Any]) -> float | None:

@@ -272,9 +272,7 @@ def _json_many(fields: dict[str, Any], text: str) -> Request:
         _fields("submit_many without then or batch", {}, fields)
     if not submits and (batch is None or (batch.open and batch.then is None)):
         raise BadParams("submit_many takes a list of submits; it is empty")
-    many = tuple(
-        _part(f"job {n} of {len(submits)}", submit) for n, submit in enumerate(submits, 1)
-    )
+    many = tuple(_part(f"job {n} of {len(submits)}", submit) for n, submit in enumerate(submits, 1))
     return Request(SUBMIT_MANY, SUBMIT_MANY, {}, NO_OPTIONS, many, batch, True, text)
 
 
@@ -313,7 +311,7 @@ _A_SUBMIT = 'a submit is {"submit": type, "params": {...}, "options": {...}}'
 
 def _json_submit(fields: Any, text: str = "") -> Request:
     if not isinstance(fields, dict) or "submit" not in fields:
-        raise BadParams(f"{_A_SUBMIT}; a verb is {{\"verb\": name}}")
+        raise BadParams(f'{_A_SUBMIT}; a verb is {{"verb": name}}')
     for name in fields:
         if name not in _OF_SUBMIT:
             raise BadParams(f"{_A_SUBMIT}; not {_quoted(name)}{suggest(name, _OF_SUBMIT)}")
