@@ -11,7 +11,7 @@ import pytest
 from upq import UpqJob
 from upq import pool as module
 from upq.job import RUNNING, Job
-from upq.pool import LOOK_AHEAD_JOBS, Pool
+from upq.pool import LOOK_AHEAD_JOBS, Pool, SharedPool
 
 numbers = itertools.count(1)
 
@@ -432,6 +432,83 @@ def test_a_place_that_a_parent_given_up_does_not_take_is_the_next_ones(work: Wor
     work.let_go(running)
     until(lambda: first.id in work.ended)
     until(lambda: pool.sizes()["running"] == 0)
+
+
+def test_a_parent_that_is_to_end_does_not_wait_for_its_place(
+    work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LOOK_S", 0.01)
+    pool, ends = work.pool(1), threading.Event()
+    parent, other = claimed(), claimed()
+
+    def act(job: Job) -> None:
+        if job is parent:
+            pool.park(job.token)
+            work.gate(parent.id).wait(10)
+            pool.unpark(job.token, ends.is_set)
+        else:
+            work.gate(job.id).wait(10)
+
+    work.act = act
+    give(pool, parent)
+    until(lambda: work.started == [parent.id] and pool.sizes()["running"] == 0)
+    give(pool, other)
+    until(lambda: len(work.started) == 2)
+    work.let_go(parent)
+    until(lambda: pool._resuming == 1)
+    ends.set()
+    until(lambda: work.ended == [parent.id])
+    work.let_go(other)
+
+
+@pytest.mark.parametrize("how", ["end", "park", "more", "close", "to end"])
+def test_a_parent_waits_for_a_place_of_its_type_without_a_look(
+    work: Work, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """In a pool of several types; eight parents of one that may have two places of all."""
+    monkeypatch.setattr(module, "LOOK_S", 0.01 if how == "to end" else 60)
+    pool, ends = SharedPool("s", 20, work, work.wake), threading.Event()  # type: ignore[arg-type]
+    pool.most = {"work": 2}
+    parents, busy = [claimed() for _ in range(8)], [claimed(), claimed()]
+    parked, gone_on = threading.Semaphore(0), []
+    go_on, rest = threading.Event(), threading.Event()
+
+    def act(job: Job) -> None:
+        if job in busy:
+            work.gate(job.id).wait(20)
+            if how == "park":
+                pool.park(job.token)
+                rest.wait(20)
+                pool.unpark(job.token)
+            return
+        pool.park(job.token)
+        parked.release()
+        go_on.wait(20)
+        pool.unpark(job.token, ends.is_set)
+        gone_on.append(job)
+
+    work.act = act
+    give(pool, *parents)
+    for _ in parents:
+        assert parked.acquire(timeout=20)
+    give(pool, *busy)
+    until(lambda: len(work.started) == 10)
+    go_on.set()
+    until(lambda: pool._held_up["work"] == 8)
+    assert (pool.left(), gone_on) == ({"work": 0}, [])
+    if how == "more":
+        pool.most = {"work": 5}
+        pool.resize(20)
+    elif how == "close":
+        pool.close()
+    elif how == "to end":
+        ends.set()
+    else:
+        work.let_go(busy[0])
+    until(lambda: len(gone_on) == 8)
+    assert pool._held_up["work"] == 0
+    rest.set()
+    work.let_go(*busy)
 
 
 def test_a_parent_goes_on_when_the_pool_is_closed(work: Work) -> None:

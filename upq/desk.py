@@ -306,7 +306,7 @@ class JobDesk:
             return self._wait_out(parent, ids, timeout_s)
         finally:
             self._count(-1)
-            pool.unpark(parent.token, at_once=not parent.may_wait())
+            pool.unpark(parent.token, at_once=lambda: not parent.may_wait())
             self._queue.set_reason(job, "")
             parent.must_end()
 

@@ -24,8 +24,8 @@ LOOK_AHEAD_S, LOOK_AHEAD_JOBS = 0.02, 256
 #: Jobs that take no longer, in seconds, are left to the threads that run if these will have started
 #: them within so many seconds: more threads would only take Python's lock from each other.
 SHORT_S, SOON_S = 0.0005, 0.02
-#: Seconds between two looks of a parent whether its type has a place again.
-LOOK_S = 0.05
+#: Seconds between two looks of a parent that waits for a place whether it is to end instead.
+LOOK_S = 1.0
 #: Seconds an idle thread stays when it is not the only one.
 IDLE_S = 10.0
 #: Threads beyond the places that stay all the same: a parent that goes on leaves one over.
@@ -45,7 +45,7 @@ class Pool:
         self.concurrent = concurrent
         self._runner = runner
         self._wake_claimer = wake
-        lock = threading.RLock()
+        self._lock = lock = threading.RLock()
         self._changed = threading.Condition(lock)
         # Told of one free place at a time: there may be a thousand parents that want to go on.
         self._freed = threading.Condition(lock)
@@ -186,15 +186,15 @@ class Pool:
             self._next()
         self._wake_claimer()
 
-    def unpark(self, token: int, at_once: bool = False) -> None:
+    def unpark(self, token: int, at_once: Callable[[], bool] = lambda: False) -> None:
         """Take a place again, before jobs that are claimed later.
 
-        at_once: one too many, for a job that is to end.
+        at_once: asked now and then; True takes one too many, for a job that is to end.
         """
         with self._changed:
             self._resuming += 1
-            while self._running >= self.concurrent and not self._closed and not at_once:
-                self._freed.wait()
+            while self._running >= self.concurrent and not self._closed and not at_once():
+                self._freed.wait(LOOK_S)
             self._resuming -= 1
             if token in self._parked:  # it was not given up meanwhile
                 self._parked.discard(token)
@@ -320,6 +320,8 @@ class SharedPool(Pool):
         self._returning: set[int] = set()
         # Parents that could go on, if there was not a limit on their type.
         self._held_up = Counter[str]()
+        # Told of one free place of a type at a time.
+        self._type_freed: dict[str, threading.Condition] = {}
 
     def book(self) -> int:
         with self._changed:
@@ -352,19 +354,65 @@ class SharedPool(Pool):
         used.update(job.type for job, _ in self._claimed)
         return used
 
-    def unpark(self, token: int, at_once: bool = False) -> None:
+    def unpark(self, token: int, at_once: Callable[[], bool] = lambda: False) -> None:
         with self._changed:
             job = self._jobs.get(token)
-            if job is not None and not at_once:
-                self._wait_for_type(job)
+            if job is not None:
+                self._wait_for_type(job, at_once)
             self._returning.add(token)
+            if job is not None and not self._is_full(job.type):
+                self._tell(job.type)
         super().unpark(token, at_once)
         with self._changed:
             self._returning.discard(token)
 
-    def _wait_for_type(self, job: Job) -> None:
-        most = self.most.get(job.type, self.concurrent)
+    def _wait_for_type(self, job: Job, at_once: Callable[[], bool]) -> None:
+        freed = self._type_freed.setdefault(job.type, threading.Condition(self._lock))
         self._held_up[job.type] += 1
-        while self._used()[job.type] >= most and not self._closed and job.token in self._jobs:
-            self._changed.wait(LOOK_S)
+        while (
+            self._is_full(job.type)
+            and not self._closed
+            and job.token in self._jobs
+            and not at_once()
+        ):
+            freed.wait(LOOK_S)
         self._held_up[job.type] -= 1
+
+    def _is_full(self, type: str) -> bool:
+        return self._used()[type] >= self.most.get(type, self.concurrent)
+
+    def _tell(self, type: str) -> None:
+        """Let a parent of the type see whether it has a place; it tells the next one."""
+        if freed := self._type_freed.get(type):
+            freed.notify()
+
+    def _forget(self, token: int) -> None:
+        type = self._jobs[token].type
+        super()._forget(token)
+        self._tell(type)
+
+    def park(self, token: int) -> None:
+        with self._changed:
+            super().park(token)
+            if token in self._parked:
+                self._tell(self._jobs[token].type)
+
+    def take_back(self, stale_s: float = 0.0) -> list[Job]:
+        with self._changed:
+            taken = super().take_back(stale_s)
+            for job in taken:
+                self._tell(job.type)
+            return taken
+
+    def resize(self, concurrent: int) -> None:
+        super().resize(concurrent)
+        self._tell_all()
+
+    def close(self) -> None:
+        super().close()
+        self._tell_all()
+
+    def _tell_all(self) -> None:
+        with self._changed:
+            for freed in self._type_freed.values():
+                freed.notify_all()
