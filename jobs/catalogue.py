@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import stat
+import time
 from collections.abc import Iterable, Iterator
 from functools import cached_property, lru_cache
 from typing import Any, Protocol
@@ -101,6 +102,10 @@ LEFTOVER = table(
 )
 
 
+#: Seconds that another one may take to make a table: MySQL does not let us look at it meanwhile.
+TABLE_S = 0.1
+
+
 @lru_cache(maxsize=4)
 def make_tables(engine: Engine) -> None:
     """Once per engine. Others may make them at the same moment, here or on another machine."""
@@ -112,6 +117,7 @@ def make_tables(engine: Engine) -> None:
             except DBAPIError:  # somebody else was quicker with one of the tables
                 if not left:
                     raise
+        time.sleep(TABLE_S)
 
 
 def sha256_of(path: str) -> str:

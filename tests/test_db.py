@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from tests.conftest import unavailable
 from tests.proxy import Proxy
-from tests.servers import MariaDB, Postgres, PrivateServer, Server
+from tests.servers import MariaDB, Missing, Postgres, PrivateServer, Server
 from upq import db, schema
 from upq.db import Database
 from upq.errors import AlreadyRunning, DatabaseUnusable, StartError, Unavailable
@@ -84,6 +85,19 @@ def test_a_mariadb_that_may_lose_jobs_is_refused(mariadb: MariaDB) -> None:
                 pass
         finally:
             mariadb.execute(f"SET GLOBAL {setting} = 1")
+
+
+def test_a_mariadb_whose_binary_log_may_be_behind_is_refused() -> None:
+    """What it does not find there after a crash of the machine, it undoes."""
+    try:
+        server = MariaDB(log_bin="binlog")
+    except Missing as missing:
+        unavailable(str(missing))
+    with server, server.database() as url:
+        assert "sync_binlog = 0 loses acknowledged jobs" in str(refusal(url))
+        server.execute("SET GLOBAL sync_binlog = 1")
+        with prepared(url):
+            pass
 
 
 def test_the_daemon_commits_durably_where_the_database_default_says_not(

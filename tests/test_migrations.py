@@ -84,6 +84,10 @@ def made_by_version(url: str, found: int) -> None:
     text = (SCHEMAS / f"{found}.{engine.dialect.name}.sql").read_text()
     lines = [line for line in text.splitlines() if not line.startswith("--")]
     with engine.begin() as connection:
+        if not getattr(connection.dialect, "is_mariadb", True):
+            lines = [
+                line.replace(schema.MARIADB_COLLATION, schema.MYSQL_COLLATION) for line in lines
+            ]
         for statement in "\n".join(lines).split(";\n"):
             if statement.strip():
                 connection.exec_driver_sql(statement.replace("%", "%%"))

@@ -229,6 +229,9 @@ class Database:
                     f"{self}: {words} is too old: {least[0]}.{least[1]} or newer"
                 )
             needed = {"innodb_flush_log_at_trx_commit": "1"}
+            if ask("SELECT @@log_bin") == "1":
+                # What is not in the log after a crash of the machine, the server undoes.
+                needed["sync_binlog"] = "1"
             found = {name: ask(f"SELECT @@{name}") for name in needed}
         weak = [f"{name} = {found[name]}" for name in needed if found[name] != needed[name]]
         if weak and self.durable:
@@ -241,9 +244,10 @@ class Database:
         """Make the tables, or step an older version up to ours; under a lock, resumable."""
         with self._migrating() as connection:
             found = self._version(connection)
+            if self.kind == "mysql":
+                is_mariadb = getattr(connection.dialect, "is_mariadb", True)
+                schema.collate(schema.MARIADB_COLLATION if is_mariadb else schema.MYSQL_COLLATION)
             if found is None:
-                if self.kind == "mysql" and not getattr(connection.dialect, "is_mariadb", True):
-                    schema.collate(schema.MYSQL_COLLATION)
                 schema.meta.create_all(connection)
                 for table in schema.meta.tables.values():
                     for index in table.indexes:

@@ -25,18 +25,17 @@ from sqlalchemy.schema import SchemaItem
 #: Raised with each step of `upq.migrations`.
 VERSION = 4
 
-#: What MySQL has in place of MariaDB's collation.
-MYSQL_COLLATION = "utf8mb4_0900_bin"
+#: The default of MariaDB takes `abc`, `ABC` and `abc ` for one, and so does MySQL's.
+MARIADB_COLLATION, MYSQL_COLLATION = "utf8mb4_nopad_bin", "utf8mb4_0900_bin"
 
 meta = MetaData()
 # Only INTEGER is SQLite's own row id.
 Big = BigInteger().with_variant(Integer(), "sqlite")
 Long = Text().with_variant(LONGTEXT(), "mysql", "mariadb")
-# MariaDB's default collation takes `abc`, `ABC` and `abc ` for one.
 OPTIONS: dict[str, Any] = {
     "mysql_engine": "InnoDB",
     "mysql_charset": "utf8mb4",
-    "mysql_collate": "utf8mb4_nopad_bin",
+    "mysql_collate": MARIADB_COLLATION,
 }
 
 
