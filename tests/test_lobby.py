@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sqlite3
 import threading
 import time
@@ -12,6 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.daemons import Daemon, Talk, until
+from upq.access import peer_of
+from upq.config import Listen
+from upq.lobby import Lobby
 
 JOBS = {
     "quick": "def run(self):\n    return True",
@@ -72,6 +76,35 @@ def test_a_check_that_takes_long_delays_no_other_client(daemon: Daemon) -> None:
         assert time.monotonic() - began_s < 1.0
         daemon.open_gate("check")
         assert stuck.read().startswith("ACK ")
+
+
+def test_without_threads_a_client_is_told_so_and_its_place_is_free_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Desk:
+        def is_quick(self, request: object) -> bool:
+            return False
+
+        def count(self, acks: int, errs: int) -> None:
+            pass
+
+    lobby = Lobby(Desk())  # type: ignore[arg-type]
+    lobby.start()
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    for _ in range(3):
+        ours, theirs = socket.socketpair()
+        closed: list[bool] = []
+        with ours:
+            lobby.admit(theirs, peer_of(theirs), Listen(), lambda: closed.append(True))  # noqa: B023
+            ours.settimeout(10)
+            ours.sendall(b"ping\n")
+            assert ours.recv(100).startswith(b"ERR busy no thread can be started")
+            assert ours.recv(100) == b""
+            until(lambda: closed == [True])  # noqa: B023
 
 
 def test_connections_that_rest_have_no_threads(daemon: Daemon) -> None:

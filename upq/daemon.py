@@ -59,6 +59,8 @@ TIDY_S = 10.0
 HEALTH_S = 5.0
 #: Exit status for a damaged database file: to start again would not help (EX_DATAERR).
 DAMAGED = 65
+#: Seconds that nobody looks whether a client asks, after which systemd is not told that we live.
+DEAF_S = 10.0
 #: Failures of one of the daemon's own threads after which it gives up.
 ROLE_FAILURES = 5
 #: Seconds that commands have to obey TERM when the grace of a stop is over.
@@ -298,8 +300,11 @@ class Daemon:
         self._queue.tend_health(self._types.told_in_groups())
 
     def _ping_watchdog(self) -> None:
-        """Tell systemd that we live, if the claimer has come round since we woke it last."""
-        if self._claimer.ticked_s >= self._woken_s:
+        """Tell systemd that we live: the claimer has come round since we woke it last, and clients
+        are heard.
+        """
+        deaf_s = time.monotonic() - self._lobby.ticked_s
+        if self._claimer.ticked_s >= self._woken_s and deaf_s < DEAF_S:
             systemd.notify("WATCHDOG=1")
         self._woken_s = time.monotonic()
         self._claimer.wake()

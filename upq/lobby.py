@@ -20,7 +20,7 @@ from upq import protocol, wire
 from upq.access import Peer
 from upq.config import Listen
 from upq.dispatcher import Dispatcher
-from upq.errors import RequestError, TimedOut
+from upq.errors import Busy, RequestError, TimedOut
 from upq.protocol import Request
 from upq.wire import Ack
 
@@ -132,9 +132,9 @@ class Connection:
             del self._out[: self._sock.send(self._out, socket.MSG_DONTWAIT)]
         return not self._out
 
-    def dismiss(self) -> None:
-        """Tell the client that it was silent for too long."""
-        self._refuse(TimedOut("nothing was asked in time"), json=False)
+    def dismiss(self, why: RequestError) -> None:
+        """Tell the client why it is not served any longer."""
+        self._refuse(why, json=False)
         with contextlib.suppress(OSError):
             self._sock.send(self._out, socket.MSG_DONTWAIT)
 
@@ -290,6 +290,8 @@ class Lobby:
         self._in_hand: list[Connection] = []
         self._since_s: float | None = None
         self._made = 0
+        #: When it last looked whether somebody asks for something.
+        self.ticked_s = time.monotonic()
 
     def start(self) -> None:
         """Read for as long as the process lives."""
@@ -317,9 +319,16 @@ class Lobby:
 
     # The reading thread
 
-    def _take_over(self) -> None:
+    def _take_over(self) -> bool:
+        """Have another thread read; False when none can be started."""
         name = f"lobby-{self._shift}"
-        threading.Thread(target=self._read, args=(self._shift,), name=name, daemon=True).start()
+        reader = threading.Thread(target=self._read, args=(self._shift,), name=name, daemon=True)
+        try:
+            reader.start()
+        except RuntimeError as error:
+            log.error("%s: %s (raise TasksMax)", name, error)
+            return False
+        return True
 
     def _read(self, shift: int) -> None:
         while True:
@@ -327,6 +336,7 @@ class Lobby:
             with self._lock:
                 if shift != self._shift:
                     return
+                self.ticked_s = time.monotonic()
                 hand = [self._here[fd] for fd, _ in found if fd in self._here]
                 self._in_hand, self._since_s = hand, time.monotonic()
             try:
@@ -358,7 +368,8 @@ class Lobby:
                         self._epoll.unregister(connection.fd)
                 self._shift += 1
                 self._since_s = None
-            self._take_over()
+            while not self._take_over():
+                time.sleep(ROUND_S)
 
     def _serve(self, hand: list[Connection]) -> None:
         asked: list[tuple[Request, Peer]] = []
@@ -393,7 +404,7 @@ class Lobby:
         now_s = time.monotonic()
         for connection in here:
             if connection.until_s <= now_s:
-                connection.dismiss()
+                connection.dismiss(TimedOut("nothing was asked in time"))
                 self._close(connection)
         with self._lock:
             waiting = [connection.until_s for connection in self._here.values()]
@@ -410,9 +421,14 @@ class Lobby:
     def _give_thread(self, connection: Connection) -> None:
         self._leave(connection)
         self._made += 1
-        threading.Thread(
-            target=self._serve_alone, args=(connection,), name=f"C-{self._made}", daemon=True
-        ).start()
+        try:
+            threading.Thread(
+                target=self._serve_alone, args=(connection,), name=f"C-{self._made}", daemon=True
+            ).start()
+        except RuntimeError as error:
+            log.error("%s: %s (raise TasksMax)", connection, error)
+            connection.dismiss(Busy("no thread can be started to answer this"))
+            connection.close()
 
     def _serve_alone(self, connection: Connection) -> None:
         try:
