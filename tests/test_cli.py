@@ -160,7 +160,7 @@ def test_no_connection_is_2(run: Cli) -> None:
     assert json.loads(done.stdout)["error"] == "no_connection"
     done = run("-c", "/nowhere/upq.cfg", "test")
     assert done.returncode == 2
-    assert "/nowhere/upq.cfg" in done.stderr
+    assert done.stderr == "upq-cli: /nowhere/upq.cfg: No such file or directory\n"
 
 
 def test_a_connection_that_breaks_is_2(server: LineServer, run: Cli) -> None:

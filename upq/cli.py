@@ -121,7 +121,9 @@ class _Call:
     def run(self, line: str) -> int:
         try:
             address = self.args.socket or find_socket(self.args.config)
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            return self._fail("no_connection", f"{error.filename}: {error.strerror}", UNUSABLE)
+        except ValueError as error:
             return self._fail("no_connection", f"{error}", UNUSABLE)
         try:
             with Client(address, REPLY_TIMEOUT_S) as client:
