@@ -216,6 +216,14 @@ def test_params_as_long_as_a_line_allows_are_no_fault_of_a_job_that_leaves_them(
     assert (seen["state"], seen["result"]) == (DONE, 1 << 19)
 
 
+def test_a_message_that_is_cut_says_why_the_job_has_failed(shop: Shop) -> None:
+    shop.offer(run="self.msg('x' * (2 << 20))\nraise ValueError('the reason')")
+    message = shop.run()["message"]
+    assert len(message) == MESSAGE_LIMIT
+    assert message.startswith("xxx")
+    assert message.endswith("ValueError: the reason")
+
+
 @pytest.mark.parametrize(
     "run", ["self.msgstr = 'x' * (3 << 20)", "raise ValueError('x' * (3 << 20))"]
 )

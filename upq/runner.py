@@ -61,6 +61,8 @@ AWAY_WAIT_US = 5_000_000
 LOCKED_WAIT_US = 60_000_000
 #: Seconds between two tries to store an end.
 AWAY_RETRY_S = 0.5
+#: Characters at the end of a message that are kept when it is cut.
+MESSAGE_TAIL = 1000
 #: Children left behind that are named.
 LEFT_SHOWN = 8
 DIED = Outcome(FAILED, "the daemon died each time while it ran", reason="crashed")
@@ -350,7 +352,9 @@ class Runner:
 
     def _end(self, job: Job, outcome: Outcome, then: list[NewJob], started_s: float) -> None:
         took_s = time.monotonic() - started_s
-        outcome.message = outcome.message[:MESSAGE_LIMIT]
+        if len(outcome.message) > MESSAGE_LIMIT:  # why it has failed stands at the end
+            end = outcome.message[-MESSAGE_TAIL:]
+            outcome.message = f"{outcome.message[: MESSAGE_LIMIT - MESSAGE_TAIL - 5]} ... {end}"
 
         def told(ours: bool) -> None:
             if ours:
