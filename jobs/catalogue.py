@@ -378,6 +378,8 @@ class CatalogueJob(UpqJob):
     def find_number(self, name: str) -> bool:
         """Set `self.number` to the param of that name, or to the word given without a colon."""
         text = str(self.jobdata.get(name, next(iter(self.args), "")))
+        if not text:
+            return self.refuse(f"{name} is missing")
         if not re.fullmatch("[0-9]{1,18}", text):
             return self.refuse(f"{name} has to be a number, not {text!r}")
         self.number = int(text)

@@ -292,7 +292,7 @@ def test_hashing_a_damaged_file_again_does_not_make_it_good(jobs: Jobs, file: Pa
 
 
 def test_hash_without_params_is_refused(jobs: Jobs) -> None:
-    assert jobs.submit("hash") == "fid has to be a number, not ''"
+    assert jobs.submit("hash") == "fid is missing"
 
 
 # verify_local_file
@@ -814,7 +814,7 @@ def test_verify_remote_file_refuses_what_it_cannot_check(jobs: Jobs, copy: int) 
     assert jobs.submit("verify_remote_file", {"mfid": copy + 1}) == (
         f"No file on a mirror has mfid {copy + 1}."
     )
-    assert jobs.submit("verify_remote_file") == "mfid has to be a number, not ''"
+    assert jobs.submit("verify_remote_file") == "mfid is missing"
     with jobs.desk.db.begin() as connection:
         connection.execute(text("UPDATE upq_mirror SET status = 'off'"))
     assert jobs.submit("verify_remote_file", {"mfid": copy}) == "Mirror mirror is off."

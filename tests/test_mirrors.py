@@ -608,7 +608,7 @@ def test_settings_are_refused_with_their_name(
 def test_upload_refuses_what_it_cannot_do(jobs: Jobs, ftp: FtpServer, file: Path) -> None:
     cfg = at(ftp, file)
     submit = functools.partial(jobs.submit, "upload")
-    assert submit({}, **cfg) == "fid has to be a number, not ''"
+    assert submit({}, **cfg) == "fid is missing"
     assert submit({"fid": 2}, **cfg) == "File with fid 2 is not in the catalogue."
     assert submit({"fid": 1, "mirror": "us"}, **cfg) == "no mirror 'us' in [job upload]"
     assert submit({"fid": 1, "mirror": ["eu"]}, **cfg).startswith("no mirror ")

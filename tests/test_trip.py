@@ -1368,10 +1368,14 @@ def test_queues_are_there_from_the_start_and_list_queue_tells_them(lone: Daemon)
     until(lambda: len(lone.ledger) == 1)
     told = lone.say("list_queue hold")
     assert re.fullmatch(r"""ACK 0 Queue 'hold' contains 2 jobs: 'hold' : '{"n": "0"}', .*""", told)
-    lone.configure("[job list_queue]\nformat = %(jobid)s:%(jobname)s:%(status)s\n[job hold]")
+    lone.configure("[job list_queue]\nformat = %(jobid)s:%(jobname)s:%(status)s\n"
+                   "[job hold]\n[job other]")  # fmt: skip
     lone.ask("reload")
     told = lone.say("list_queue hold")
     assert re.fullmatch("ACK 0 .* jobs: [0-9]+:hold:running, [0-9]+:hold:queued", told)
+    later, after = lone.submit("other @in:1h"), lone.submit("other @after:1")
+    told = lone.say("list_queue other")
+    assert told.endswith(f"contains 2 jobs: {later}:other:queued, {after}:other:blocked")
 
 
 def test_idle_threads_retire_but_one(lone: Daemon) -> None:

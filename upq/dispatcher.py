@@ -502,13 +502,17 @@ class Dispatcher:
         return {"outbox": counts.get(QUEUED, 0) + counts.get(RUNNING, 0), "outbox_lag_s": lag_s}
 
     def list_jobs(self, queue: str, limit: int) -> list[dict[str, Any]]:
-        """What runs and waits in a queue."""
+        """What runs and waits in a queue: first what can start next, in its order."""
         lanes = self._lanes_of(queue)
-        running = self._views.page(
-            self._queue.lanes, Filter(RUNNING, None, frozenset(lanes)), limit
-        ).jobs
-        waiting = [job for lane in lanes for job in self._views.next_jobs(lane, limit)]
-        return (running + waiting)[:limit]
+        running, *waiting = (
+            self._views.page(self._queue.lanes, Filter(state, None, frozenset(lanes)), limit).jobs
+            for state in (RUNNING, QUEUED, BLOCKED)
+        )
+        found = running + [job for lane in lanes for job in self._views.next_jobs(lane, limit)]
+        # Those that have a time to come, and those that need other jobs.
+        known = {job["id"] for job in found}
+        found += [job for jobs in waiting for job in reversed(jobs) if job["id"] not in known]
+        return found[:limit]
 
     def _jobs(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
         self._must_read(peer, args.get("submitter", ""))
