@@ -332,7 +332,7 @@ def body(job: Job, host: str) -> Iterator[str]:
         yield f"All that failed:  upq-cli jobs state:failed type:{job['jobname']}"
         return
     facts = {
-        "params": json.dumps(job["jobdata"], ensure_ascii=False, default=str),
+        "params": json.dumps(job.get("params", job["jobdata"]), ensure_ascii=False, default=str),
         "result": json.dumps(job["result"], ensure_ascii=False, default=str),
         "queue": job["queue"],
         "submitter": job["submitter"],

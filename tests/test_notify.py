@@ -134,6 +134,7 @@ def test_a_notification_has_the_names_of_the_first_upq() -> None:
     assert found[0].params["job"] == {
         "jobname": "verify_local_file",
         "jobid": 17,
+        "params": {"fid": "50"},
         "jobdata": {"fid": "50", "more": "x"},
         "jobcfg": {"path": "/x"},
         "msgstr": "no good",

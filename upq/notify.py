@@ -221,6 +221,7 @@ def describe(
     return {
         "jobname": job.type,
         "jobid": job.id,
+        "params": fitting(mask(job.params, secret, hidden)),
         "jobdata": fitting(mask(data, secret, hidden)),
         "jobcfg": mask(dict(jobcfg or {}), hidden_settings(jobcfg or {})),
         "msgstr": scrub(outcome.message, hidden)[:TEXT_LIMIT],
