@@ -271,6 +271,15 @@ def test_settings_are_printed_without_a_configuration(daemon: Daemon) -> None:
     assert "--settings" in daemon.attempt("--help").stdout
 
 
+def test_who_reads_only_the_beginning_sees_no_traceback(daemon: Daemon) -> None:
+    for words in "--settings", "--check":
+        told = subprocess.run(
+            ["sh", "-c", f'"$@" {words} | true', "sh", *daemon.command()], check=False,
+            env=daemon.environment(), capture_output=True, text=True, timeout=PATIENCE_S,
+        )  # fmt: skip
+        assert told.stderr == ""
+
+
 def test_check_may_be_asked_beside_a_running_daemon(daemon: Daemon) -> None:
     daemon.start()
     assert daemon.attempt("--check").returncode == 0

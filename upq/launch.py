@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import pwd
+import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -59,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser().parse_args(argv)
     except SystemExit as error:
         return 64 if error.code else 0
+    if args.settings or args.check:  # for who reads no further than `head`
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     if args.settings:
         print(config.describe())
         return 0
