@@ -138,6 +138,10 @@ def test_wrong_usage_is_2(run: Cli, words: tuple[str, ...]) -> None:
     assert '"<jobname>( param:value)*"' in done.stderr
 
 
+def test_a_wrong_timeout_is_told_as_what_it_is(run: Cli) -> None:
+    assert "--timeout: 'soon' is not a duration such as 30s" in run("--timeout", "soon", "x").stderr
+
+
 def test_without_arguments_there_is_the_usage_and_1(run: Cli) -> None:
     done = run()
     assert (done.returncode, done.stdout) == (1, "")

@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     add("-s", "--socket", metavar="ADDRESS", help="path of the socket, or host:port")
     add("--wait", action="store_true", help="follow the job and all below it to the end")
     add("--follow", action="store_true", help="with `output`: go on until the job has ended")
-    add("--timeout", metavar="TIME", type=_duration, help="with --wait: no longer than 30s, 10m")
+    add("--timeout", metavar="TIME", type=_timeout, help="with --wait: no longer than 30s, 10m")
     add("--then", metavar="LINE", help="with `-`: the lines are a batch, and this job follows it")
     add("--when", choices=("done", "ended"), help="... when all are done, or ended")
     add("--json", action="store_true", help="print one JSON document; for many lines, one each")
@@ -103,6 +103,13 @@ def _duration(text: str) -> float:
     from upq import when  # noqa: PLC0415, few calls need it
 
     return when.duration(text)
+
+
+def _timeout(text: str) -> float:
+    try:
+        return _duration(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _short(seconds: float) -> str:
