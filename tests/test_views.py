@@ -40,6 +40,18 @@ def end(store: Store, state: str = DONE, **fields: Any) -> int:
     return claimed.id
 
 
+def test_a_clock_that_was_put_back_tells_no_time_below_nothing(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.submit()
+    claimed, now = store.claim_one(), when.now()
+    monkeypatch.setattr(when, "now", lambda: now - 3_600_000_000)
+    store.queue.finish(claimed, Outcome(DONE))
+    store.flush()
+    (attempt,) = store.views.attempts(claimed.id)
+    assert (attempt["state"], attempt["took_s"]) == (DONE, None)
+
+
 def ids(shown: list[dict[str, Any]]) -> list[int]:
     return [one["id"] for one in shown]
 

@@ -679,7 +679,8 @@ def _took_s(job: Mapping[str, Any]) -> float | None:
 
     if not job["started_at"] or not job["ended_at"]:
         return None
-    return (when.instant(job["ended_at"]) - when.instant(job["started_at"])) / 1e6
+    took = when.instant(job["ended_at"]) - when.instant(job["started_at"])
+    return took / 1e6 if took >= 0 else None  # the clock was put back
 
 
 def _words(params: Mapping[str, Any]) -> str:

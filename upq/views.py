@@ -364,7 +364,9 @@ class Views:
             elif found and found[-1]["ended_at"] is None:
                 last = found[-1]
                 took = when.instant(one["at"]) - when.instant(last["started_at"])
-                last |= {"ended_at": one["at"], "took_s": took / 1e6, "reason": one["reason"]}
+                # A clock that was put back meanwhile has not told how long.
+                last["took_s"] = took / 1e6 if took >= 0 else None
+                last |= {"ended_at": one["at"], "reason": one["reason"]}
                 last |= {"state": attempt_state(one), "message": one["message"]}
         return found
 
