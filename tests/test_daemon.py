@@ -12,6 +12,7 @@ import select
 import shutil
 import signal
 import socket
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from tests.conftest import unavailable
 from tests.daemons import PATIENCE_S, ROOT, Daemon, NotStarted, for_user, until
 from tests.servers import short_folder
 from upq import __version__
+from upq.daemon import DAMAGED
 
 JOBS = {
     "echo": "def run(self):\n    return self.jobdata",
@@ -460,6 +462,27 @@ def set_commands(daemon: Daemon, grace: str) -> None:
 
 def starts(daemon: Daemon) -> int:
     return sum(line.startswith("start") for line in daemon.ledger)
+
+
+def test_a_damaged_database_is_found_after_a_crash_and_no_start_helps(daemon: Daemon) -> None:
+    daemon.forgiven.append("the database file is damaged")
+    daemon.start()
+    daemon.kill9()
+    file = daemon.folder / "state/upq.db"
+    connection = sqlite3.connect(file)
+    with connection:
+        connection.execute("CREATE TABLE t (n)")
+        connection.executemany("INSERT INTO t VALUES (?)", [("x" * 500,)] * 200)
+    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    connection.close()
+    with file.open("r+b") as raw:
+        raw.seek(-8 * 4096, 2)
+        raw.write(b"\xff" * 4096)
+    for _ in range(2):
+        daemon.start()
+        assert daemon.until_ended() == DAMAGED
+    assert daemon.log.count("the database file is damaged: ") == 2
+    assert "; restore it from a backup" in daemon.log
 
 
 def test_an_idle_daemon_ends_at_once(daemon: Daemon) -> None:

@@ -275,7 +275,9 @@ def test_a_sqlite_file_may_have_any_name(tmp_path: Path, name: str) -> None:
 )
 def test_a_file_that_is_no_database_is_refused_and_left_alone(file: Path, content: bytes) -> None:
     file.write_bytes(content)
-    assert isinstance(refusal(f"sqlite:///{file}"), DatabaseUnusable)
+    found = refusal(f"sqlite:///{file}")
+    assert isinstance(found, DatabaseUnusable)
+    assert "is left as it is: restore it from a backup" in str(found)
     assert file.read_bytes() == content
 
 

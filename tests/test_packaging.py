@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import unavailable
+from upq.daemon import DAMAGED
+from upq.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 PACKAGING = ROOT / "packaging"
@@ -93,7 +95,7 @@ def test_the_unit_gives_the_daemon_time_to_drain() -> None:
     unit = settings("upq.service")
     assert int(unit["TimeoutStopSec"][0]) >= 20 + 5 + 2  # grace, TERM to KILL, flush
     assert unit["KillMode"] == ["mixed"]
-    assert unit["RestartPreventExitStatus"] == ["78"]
+    assert unit["RestartPreventExitStatus"] == [f"{DAMAGED} {ConfigError.exit_status}"]
 
 
 def test_unit_socket_and_configuration_name_the_same_paths() -> None:

@@ -33,6 +33,8 @@ IDLE_S = 60
 #: questions, how many of them.
 KEEPALIVE_S, KEEPALIVE_STEP_S, KEEPALIVES = 30, 10, 3
 SQLITE_MIN = (3, 38, 0)
+#: What SQLite says of a file that is damaged, or none of its own.
+DAMAGED_CODES = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 MARIADB_MIN = (10, 6)
 MYSQL_MIN = (8, 0)
 
@@ -189,7 +191,13 @@ class Database:
             self._migrate()
         except (sa.exc.SQLAlchemyError, sqlite3.Error) as error:
             cause = getattr(error, "orig", None) or error
-            raise DatabaseUnusable(f"{self}: {one_line(cause)}") from error
+            advice = ""
+            if getattr(cause, "sqlite_errorcode", None) in DAMAGED_CODES:
+                advice = (
+                    "; it is left as it is: restore it from a backup, or see what `sqlite3"
+                    " FILE .recover` finds"
+                )
+            raise DatabaseUnusable(f"{self}: {one_line(cause)}{advice}") from error
 
     def close(self) -> None:
         for engine in (self._engine, self.readers, self.jobs):

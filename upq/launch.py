@@ -36,8 +36,9 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="upq",
         description="Run the upq job dispatcher.",
-        epilog="Exit status: 0 stopped, 64 usage, 69 database unusable, 70 internal fault, 73 a"
-        " file or socket cannot be made, 75 already running, 77 not permitted, 78 configuration."
+        epilog="Exit status: 0 stopped, 64 usage, 65 database file damaged, 69 database unusable,"
+        " 70 internal fault, 73 a file or socket cannot be made, 75 already running, 77 not"
+        " permitted, 78 configuration."
         " What can be set in the ini file: --settings.",
     )
     where = "the ini file; else UPQ_CONFIG, ./upq.cfg, the user's upq/upq.cfg, /etc/upq/upq.cfg"
