@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from tests import stores
 from tests.stores import Store
-from upq import statements
+from upq import schema, statements
 from upq.errors import IsCancelled, WrongState
 from upq.job import BLOCKED, CANCELLED, DONE, FAILED, QUEUED, RUNNING, Job, NewJob, Outcome
 
@@ -156,6 +157,105 @@ def test_a_tree_of_many_is_cancelled_a_part_at_a_time(store: Store) -> None:
     assert store.views.counts()[lane] == {
         **dict.fromkeys(store.views.counts()[lane], 0), CANCELLED: len(ids),
     }  # fmt: skip
+
+
+def half_cancelled(store: Store, monkeypatch: pytest.MonkeyPatch) -> tuple[int, list[int]]:
+    """A parent with 12 children, cancelled by a daemon that has died after the first step."""
+    monkeypatch.setattr(statements, "CHUNK", 5)
+    root = store.submit("parent")
+    store.claim_one("parent")
+    ids = [child(store, root) for _ in range(12)]
+    with monkeypatch.context() as dying:
+        dying.setattr(store.queue, "_go_on", lambda cancel: 0)
+        store.queue.cancel(root, "alice")
+    assert set(states(store, *ids[5:])) == {QUEUED}
+    return root, ids
+
+
+def open_cancels(store: Store) -> int:
+    return len(store.fetch(sa.select(schema.cancel)))
+
+
+def test_a_cancel_goes_on_after_the_death_of_its_daemon(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, ids = half_cancelled(store, monkeypatch)
+    deep = [store.accepted(below(ids[9]))[0].id for _ in range(7)]
+    with Store(store.database, "next") as following:
+        following.queue.tend_cancels(at_once=True)
+        following.flush()
+    assert set(states(store, *ids, *deep)) == {CANCELLED}
+    assert {store.views.history(id)[-1]["who"] for id in (*ids, *deep)} == {"alice"}
+    assert open_cancels(store) == 0
+
+
+def test_another_daemon_goes_on_with_a_cancel_once_it_stands_still(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, ids = half_cancelled(store, monkeypatch)
+    with store.beside() as other:
+        other.queue.tend_cancels()
+        other.flush()
+        assert open_cancels(store) == 1, "it may be under way"
+        other.queue.tend_cancels()
+        other.flush()
+        other.queue.tend_cancels()
+        assert not other.queue.cancelling
+    assert set(states(store, *ids)) == {CANCELLED}
+
+
+def test_a_claim_starts_nothing_that_a_cancel_has_not_come_to_yet(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, ids = half_cancelled(store, monkeypatch)
+    deep, other = store.accepted(below(ids[9], "other"))[0].id, store.submit("other")
+    beside = [store.submit() for _ in range(2)]
+    with Store(store.database, "next") as following:
+        following.queue.tend_cancels()
+        assert following.claim(3) == []
+        assert states(store, *ids).count(CANCELLED) == 5 + 3
+        assert [job.id for job in following.claim(2, "other")] == [other]
+        assert states(store, deep) == [CANCELLED]
+        assert [job.id for job in following.claim(6)] == beside
+    assert set(states(store, *ids)) == {CANCELLED}
+
+
+def test_a_retry_lets_a_cancel_come_to_its_end_before(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, ids = half_cancelled(store, monkeypatch)
+    store.queue.retry(ids[0], "alice")
+    assert states(store, *ids) == [QUEUED] + [CANCELLED] * 11
+    assert open_cancels(store) == 0
+    assert [job.id for job in store.claim(12)] == ids[:1]
+
+
+def test_a_retry_elsewhere_does_not_wait_for_a_cancel(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = store.submit("other")
+    end(store, store.claim_one("other"), FAILED)
+    half_cancelled(store, monkeypatch)
+    store.queue.retry(other, "alice")
+    assert states(store, other) == [QUEUED]
+    assert open_cancels(store) == 1
+
+
+def test_of_a_cancel_the_answer_counts_what_claims_have_met(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(statements, "CHUNK", 5)
+    root = store.submit("parent")
+    store.claim_one("parent")
+    ids = [child(store, root) for _ in range(12)]
+    go_on = store.queue._go_on
+
+    def late(cancel: int | None) -> int:
+        assert store.claim(3) == []
+        return go_on(cancel)
+
+    monkeypatch.setattr(store.queue, "_go_on", late)
+    assert store.queue.cancel(root, "alice") == (RUNNING, len(ids))
 
 
 def test_of_a_kind_that_is_cancelled_all_that_is_below_goes_with_it(store: Store) -> None:

@@ -19,7 +19,7 @@ from upq import statements as st
 from upq.draws import Allowance, Bounds, Draw, Plan, Spent, choose
 from upq.errors import IsCancelled, KeyConflict, NotFound, RequestError
 from upq.events import Event
-from upq.family import Family, Page
+from upq.family import Family, Goal
 from upq.health import Health, Rules, Told, Wish, digest, queue_age, silence
 from upq.health import ended as health_ended
 from upq.job import (
@@ -157,6 +157,8 @@ class Home(Protocol):
     owner: str
     node_name: str
     vault: Vault
+    #: Whether there may be cancels that are not through.
+    cancelling: bool
 
     @property
     def shared(self) -> bool:
@@ -215,13 +217,13 @@ class Batch:
         self.spent: dict[str, Spent | None] = {}
         #: Lane and token of running jobs that are asked to end here.
         self.asked: list[tuple[int, int]] = []
-        #: Below cancelled jobs, what is left to be cancelled by the next batches.
-        self.left: list[Page] = []
+        #: Cancels that the next batches have to go on with, unasked.
+        self.left: list[int] = []
         self._told: list[tuple[Callable[[bool], None], bool]] = []
         self._joins = Joins(tx, home.vault)
         self._first = 0
         self._limiter: Limiter | None = None
-        self.family = Family(self)
+        self.family = Family(self, home.cancelling)
         self.members = Members(tx, home.vault)
 
     @property
@@ -405,12 +407,22 @@ class Batch:
         somebody wants to end.
         """
         over = self.family.closed(parents_of(submits)).union(cancelled)
-        if over:
-            self.cancel_below([Page(sorted(over))])
+        self.cancel_below(over)
 
-    def cancel_below(self, pages: Sequence[Page]) -> None:
-        """Cancel what has not ended below cancelled jobs; what is too much is left for later."""
-        self.left += self.family.cancel_below(pages, "", "cancelled with the job above it")[1]
+    def cancel_below(self, ids: Iterable[int], spared: Iterable[int] = ()) -> None:
+        """Cancel what has not ended below these jobs; what is too much is left for later."""
+        jobs = sorted(ids)
+        if jobs:
+            text = "cancelled with the job above it"
+            _, cancel = self.family.cancel_below(Goal(jobs, sorted(spared), "", text))
+            if cancel is not None:
+                self.left.append(cancel)
+
+    def go_on(self, cancel: int) -> None:
+        """The next step of a cancel that nobody waits for."""
+        _, is_over = self.family.go_on(cancel)
+        if not is_over:
+            self.left.append(cancel)
 
     def store(self, fresh: list[list[Any]], edges: list[tuple[int, int]]) -> None:
         plain = [row for row in fresh if len(row) == st.PLAIN]
@@ -552,6 +564,10 @@ class Batch:
         return claimed
 
     def _start(self, picked: list[Any]) -> list[tuple[Any, int, int]]:
+        if self.family.cancelling and picked and (caught := self.family.catch(picked)):
+            # What comes after them may start.
+            self.again |= {row[1] for row in picked if row[0] in caught}
+            picked = [row for row in picked if row[0] not in caught]
         if any(row[6] and has_limits(row[6]) for row in picked):
             picked = self.limiter.begin(picked)
         if not picked:

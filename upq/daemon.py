@@ -53,6 +53,8 @@ log = logging.getLogger("upq")
 PURGE_S, PURGE_SLOTS_S, SLOTS_KEPT_S = 10.0, 600.0, 86400
 #: Seconds between two looks at lines of `serial` and of rates that nobody moves.
 LINES_S = 60.0
+#: Seconds between two looks for cancels that nobody goes on with.
+CANCELS_S = 5.0
 #: Seconds between two looks for what executors keep and do not need.
 TIDY_S = 10.0
 #: Seconds between two looks for digests and alerts that are due.
@@ -104,6 +106,7 @@ class Daemon:
         self._clock.every(BEAT_S, "beat", self._queue.beat)
         self._clock.every(PURGE_S, "retention", self._purge)
         self._clock.every(LINES_S, "turns", self._queue.mend_lines)
+        self._clock.every(CANCELS_S, "cancels", self._queue.tend_cancels)
         self._clock.every(TIDY_S, "tidy", self._runner.tidy)
         self._clock.every(PURGE_SLOTS_S, "slots", self._purge_slots)
         self._clock.every(HEALTH_S, "health", self._tend_health)
@@ -224,6 +227,8 @@ class Daemon:
             log.info("Starting %d unfinished jobs found in DB.", len(orphans))
             self._queue.rescue(orphans, self._runner.crashed)
         self._queue.forget_nodes(dead)
+        # What earlier ones were cancelling; soon, and nothing of it starts meanwhile.
+        self._queue.tend_cancels(at_once=True)
         self._claimer.heat()
         if dead and self._database.kind == "sqlite":
             threading.Thread(target=self._quick_check, name="quick_check", daemon=True).start()

@@ -4,12 +4,18 @@ Below a job are its children, what follows its end, and so on: `parent` says so.
 below a job that was cancelled or is asked to end. Who inserts below a job locks its row first and
 looks; who cancels marks that row first and then looks for children. So of two daemons the later one
 sees what the earlier one has done, and nothing slips through between them.
+
+A cancel of many is made in steps. What is left of it is a row, written with the first step and
+deleted with the last, so that anybody may go on with it; meanwhile a claim that meets a job of the
+rest cancels it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import secrets
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from upq import statements as st
@@ -49,12 +55,26 @@ class Page(NamedTuple):
     above: int = 0
 
 
+class Goal(NamedTuple):
+    """What a cancel is to come to: below these jobs nothing goes on but what is spared."""
+
+    jobs: Sequence[int]
+    spared: Sequence[int]
+    #: Who wants it, and what those that it ends say.
+    who: str
+    text: str
+
+
 class Family:
     """What one batch does for trees of jobs."""
 
-    def __init__(self, batch: Changes) -> None:
+    def __init__(self, batch: Changes, cancelling: bool) -> None:
         self._batch = batch
         self._tx = batch.tx
+        #: Whether there may be cancels that are not through.
+        self.cancelling = cancelling
+        #: By such a cancel, how many of its jobs were met by claims, and ended.
+        self.caught = Counter[int]()
 
     def closed(self, ids: Iterable[int]) -> set[int]:
         """Of these jobs, locked, those below which nothing begins any more."""
@@ -88,12 +108,37 @@ class Family:
                 batch.limiter.free(freed, waited=True)
         return states
 
-    def cancel_below(self, pages: Sequence[Page], who: str, text: str) -> tuple[int, list[Page]]:
-        """The same for all below: how many had not ended, and what is left for the next time.
+    def cancel_below(self, goal: Goal) -> tuple[int, int | None]:
+        """The same for all below jobs that are marked or have ended: how many had not ended, and,
+        if that was not all, the cancel that `go_on` goes on with.
 
-        It looks at some CHUNK jobs. What is above has to be marked.
+        One call looks at some CHUNK jobs.
         """
-        left, n, looked = list(pages), 0, 0
+        n, left = self._look_below(goal, [Page(goal.jobs)])
+        if not left:
+            return n, None
+        id = secrets.randbits(62)
+        self._tx.run(st.ADD_CANCEL, id=id, now=self._batch.now, goal=encode(goal),
+                     pages=encode(left))  # fmt: skip
+        self.cancelling = True
+        return n, id
+
+    def go_on(self, cancel: int) -> tuple[int, bool]:
+        """The next step of a cancel: how many had not ended, and whether that was the last."""
+        found = self._tx.fetch(st.LOCK_CANCEL, id=cancel)
+        if not found:
+            return 0, True
+        goal, pages = found[0]
+        left = [Page(*page) for page in json.loads(pages)]
+        n, left = self._look_below(Goal(*json.loads(goal)), left)
+        if left:
+            self._tx.run(st.SET_CANCEL, of=cancel, now=self._batch.now, pages=encode(left))
+        else:
+            self._tx.run(st.DROP_CANCEL, id=cancel)
+        return n, not left
+
+    def _look_below(self, goal: Goal, left: list[Page]) -> tuple[int, list[Page]]:
+        n, looked = 0, 0
         while left and looked < st.CHUNK:
             page = left.pop()
             parents = sorted((id,) for id in page.parents)
@@ -102,11 +147,57 @@ class Family:
             ids = [row[0] for row in rows]
             if len(ids) == most:
                 left.append(Page(page.parents, ids[-1]))
-            if ids:
-                n += sum(state not in FINAL for state in self.cancel(ids, who, text).values())
-                left.append(Page(ids))
+            if meant := [id for id in ids if id not in goal.spared]:
+                states = self.cancel(meant, goal.who, goal.text).values()
+                n += sum(state not in FINAL for state in states)
+                left.append(Page(meant))
             looked += len(ids) + LEVEL_COSTS
         return n, left
+
+    def _under_way(self) -> dict[int, Goal]:
+        """The cancels that are not through."""
+        found = {id: Goal(*json.loads(goal)) for id, _, goal in self._tx.fetch(st.CANCELS)}
+        self.cancelling = bool(found)
+        return found
+
+    def cancels_of(self, ids: Collection[int]) -> list[int]:
+        """The cancels that are not through in the trees of these jobs."""
+        found = self._under_way()
+        if not found:
+            return []
+        asked_for = {*ids, *(id for goal in found.values() for id in goal.jobs)}
+        roots = dict(self._tx.fetch_rows(st.ROOTS_OF, sorted((id,) for id in asked_for)))
+        mine = {roots.get(id, id) for id in ids}
+        return [
+            cancel
+            for cancel, goal in found.items()
+            if not mine.isdisjoint(roots.get(id) for id in goal.jobs)
+        ]
+
+    def catch(self, picked: Sequence[Any]) -> set[int]:
+        """Cancel those of the rows of CLAIMED that a cancel has not come to yet."""
+        caught = set[int]()
+        for cancel, goal in self._under_way().items():
+            met = self._below([row for row in picked if row[0] not in caught], goal)
+            if met:
+                self.cancel(sorted(met), goal.who, goal.text)
+                self.caught[cancel] += len(met)
+                caught |= met
+        return caught
+
+    def _below(self, picked: Sequence[Any], goal: Goal) -> set[int]:
+        """Those of the rows of CLAIMED that are below the jobs of a cancel, and not spared."""
+        found = set[int]()
+        # Each with the one above it that is looked at.
+        above = {row[0]: row[12] for row in picked if row[0] not in goal.spared}
+        while above := {id: at for id, at in above.items() if at is not None}:
+            found |= {id for id, at in above.items() if at in goal.jobs}
+            ended = found.union(goal.spared)
+            above = {id: at for id, at in above.items() if id not in found and at not in ended}
+            ids = sorted({(at,) for at in above.values()})
+            parents = dict(self._tx.fetch_rows(st.PARENTS_OF, ids)) if ids else {}
+            above = {id: parents.get(at) for id, at in above.items()}
+        return found
 
     # Retry
 

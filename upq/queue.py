@@ -11,8 +11,10 @@ import logging
 import os
 import threading
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from upq import statements as st
@@ -22,7 +24,7 @@ from upq.db import Database
 from upq.draws import Draw, Plan, Spent
 from upq.errors import IsCancelled, NotFound, RequestError, Unavailable, WrongState
 from upq.events import Bus
-from upq.family import Page
+from upq.family import Goal
 from upq.filling import Filling, fill
 from upq.health import Rules, Wish
 from upq.job import (
@@ -201,6 +203,11 @@ class Queue:
         #: (`retried`), was given back (`interrupted`), its daemon had died (`rescued`), its claim
         #: was in doubt (`released`), or somebody asked (`asked_again`).
         self.started = self.started_again = self.released = self.asked_again = 0
+        #: Whether there may be cancels that are not through; changed only in `note`.
+        self.cancelling = False
+        # When each of them was last gone on with; how many jobs claims have ended of each.
+        self._cancels: dict[int, int] = {}
+        self._caught = Counter[int]()
         # The latest progress of each claim that is not stored yet.
         self._progress: dict[int, str] = {}
         # Tokens of the claims whose ends are not committed; changed only in `note`.
@@ -279,9 +286,11 @@ class Queue:
         self.crashed += batch.crashed
         self._held.update(batch.taken)
         self._held.difference_update(batch.ended)
-        if batch.left:
-            left = batch.left
-            self.writer.post(Act(lambda batch: batch.cancel_below(left)))
+        self.cancelling = batch.family.cancelling
+        if batch.family.caught:
+            self._caught.update(batch.family.caught)
+            self.claims.wake()
+        self._post_cancels(batch.left)
         known = None if batch.due_is_all else self.next_due
         self.next_due = min((at for at in (known, batch.due) if at is not None), default=None)
         if batch.due is not None and self.next_due != known:
@@ -513,19 +522,19 @@ class Queue:
     def cancel(self, id: int, who: str) -> Cancelled:
         """End a job that waits, ask one that runs to end; and so all that is below it.
 
-        CHUNK a transaction, the job first: after that nothing more begins below it. Raises
-        WrongState when all has ended already.
+        CHUNK a transaction, the job first: after that nothing more begins below it. Should this
+        daemon die, another one, or the next, goes on. Raises WrongState when all has ended already.
         """
 
-        def begin(batch: Batch) -> tuple[str, int, list[Page]]:
+        def begin(batch: Batch) -> tuple[str, int, int | None]:
             states = batch.family.cancel([id], who, text)
             if not states:
                 raise NotFound(f"no job {id}")
-            return states[id], *batch.family.cancel_below([Page([id])], who, text)
+            return states[id], *batch.family.cancel_below(Goal([id], (), who, text))
 
         text = f"cancelled by {who}"
-        was, n, left = self._act(begin)
-        n += self._cancel_rest(left, who, text)
+        was, n, cancel = self._act(begin)
+        n += self._go_on(cancel)
         if was in FINAL and not n:
             raise WrongState(f"job {id} is {was} already")
         return Cancelled(was if was in FINAL or was == RUNNING else CANCELLED, n)
@@ -533,23 +542,45 @@ class Queue:
     def cancel_many(self, ids: Sequence[int], who: str) -> tuple[list[int], int]:
         """The same for at most CHUNK jobs: those that had not ended, and how many below them."""
 
-        def begin(batch: Batch) -> tuple[dict[int, str], int, list[Page]]:
+        def begin(batch: Batch) -> tuple[dict[int, str], int, int | None]:
             states = batch.family.cancel(ids, who, text)
-            return states, *batch.family.cancel_below([Page(ids)], who, text)
+            return states, *batch.family.cancel_below(Goal(ids, (), who, text))
 
         text = f"cancelled by {who}"
-        states, n, left = self._act(begin)
-        n += self._cancel_rest(left, who, text)
+        states, n, cancel = self._act(begin)
+        n += self._go_on(cancel)
         return [id for id, state in states.items() if state not in FINAL], n
 
-    def _cancel_rest(self, left: list[Page], who: str, text: str) -> int:
-        """Go on below cancelled jobs, in as many transactions as it takes."""
-        n = 0
-        while left:
-            pages = left
-            more, left = self._act(lambda batch: batch.family.cancel_below(pages, who, text))  # noqa: B023
+    def _go_on(self, cancel: int | None) -> int:
+        """Bring a cancel to its end, in as many transactions as it takes; how many jobs it ends."""
+        if cancel is None:
+            return 0
+        n, is_over = 0, False
+        while not is_over:
+            more, is_over = self._act(lambda batch: batch.family.go_on(cancel))
             n += more
-        return n
+        return n + self._caught.pop(cancel, 0)
+
+    def _post_cancels(self, cancels: Iterable[int]) -> None:
+        for cancel in cancels:
+            self.writer.post(Act(partial(Batch.go_on, cancel=cancel)))
+
+    def tend_cancels(self, *, at_once: bool = False) -> None:
+        """Have cancels gone on with that have come to a stand: nothing has been done for them since
+        the last call. At once: all there are.
+        """
+
+        def look(batch: Batch) -> dict[int, int]:
+            found = {id: at for id, at, _ in batch.tx.fetch(st.CANCELS)}
+            batch.family.cancelling = bool(found)
+            return found
+
+        before, self._cancels = self._cancels, self._act(look)
+        # Who waits for one has heard of its end long ago.
+        for id in set(self._caught) - before.keys() - self._cancels.keys():
+            del self._caught[id]
+        still = self._cancels.items() & before.items()
+        self._post_cancels(self._cancels if at_once else [id for id, _ in still])
 
     def end_running(self, asked: Sequence[tuple[int, int]]) -> None:
         for lane_id, token in asked:
@@ -567,8 +598,22 @@ class Queue:
                 raise IsCancelled(f"job {parent} is cancelled: nothing below it runs again")
             batch.family.retry([id], who, alone=True)
 
-        self._act(run)
+        self._act(run) if parent is not None else self._after_cancels([id], run)
         self.asked_again += 1
+
+    def _after_cancels(self, ids: Sequence[int], run: Callable[[Batch], Any]) -> Any:
+        """Change jobs when no cancel is under way in their trees, which would undo it."""
+
+        def look(batch: Batch) -> tuple[list[int], Any]:
+            cancels = batch.family.cancels_of(ids)
+            return cancels, None if cancels else run(batch)
+
+        while True:
+            cancels, found = self._act(look)
+            if not cancels:
+                return found
+            for cancel in cancels:
+                self._go_on(cancel)
 
     def check_repeat(self, parent: int, holder: int) -> None:
         """Raises WrongState when a child of `parent` cannot be this job, which waits for it."""
@@ -576,7 +621,7 @@ class Queue:
 
     def retry_many(self, ids: Sequence[int], who: str) -> list[int]:
         """The same for at most CHUNK jobs; left out are those that are queued again meanwhile."""
-        changed = list(self._act(lambda batch: batch.family.retry(ids, who)))
+        changed = list(self._after_cancels(ids, lambda batch: batch.family.retry(ids, who)))
         self.asked_again += len(changed)
         return changed
 

@@ -23,7 +23,7 @@ from sqlalchemy.dialects.mysql import LONGTEXT
 from sqlalchemy.schema import SchemaItem
 
 #: Raised with each step of `upq.migrations`.
-VERSION = 4
+VERSION = 5
 
 #: The default of MariaDB takes `abc`, `ABC` and `abc ` for one, and so does MySQL's.
 MARIADB_COLLATION, MYSQL_COLLATION = "utf8mb4_nopad_bin", "utf8mb4_0900_bin"
@@ -186,6 +186,18 @@ step = table(
     Column("name", String(255), nullable=False),
     Column("result", Long),
     Column("at", Big, nullable=False),
+)
+
+#: Cancels that are not through, one row each until they are; there are never many.
+cancel = table(
+    "cancel",
+    # A random number.
+    Column("id", Big, primary_key=True, autoincrement=False),
+    # When the latest step was made.
+    Column("at", Big, nullable=False),
+    # JSON: below which jobs all is to end, and who wants that; and what is still to be looked at.
+    Column("goal", Long, nullable=False),
+    Column("pages", Long, nullable=False),
 )
 
 #: Rates: when the next start of what the name stands for is due.

@@ -25,7 +25,7 @@ OLDEST_LOOKS = 100
 job, event, lane, edge = schema.job, schema.event, schema.lane, schema.edge
 tally, counter, output, node = schema.tally, schema.counter, schema.output, schema.node
 limit, step = schema.limit, schema.step
-slot = schema.slot
+slot, cancel = schema.slot, schema.cancel
 health = schema.health
 
 SUBMITTED: dict[str, type] = {
@@ -493,6 +493,32 @@ THESE_JOBS = Sql(these_jobs)
 CANCEL_WAITING = Sql(cancel_waiting)
 ASK_CANCEL = Sql(ask_cancel)
 REOPEN = Sql(reopen)
+#: Cancels that are not through; of those who go on with one, each waits for the one before.
+CANCELS = Sql(sa.select(cancel.c.id, cancel.c.at, cancel.c.goal))
+ADD_CANCEL = Sql(
+    sa.insert(cancel).values(id=big("id"), at=big("now"), goal=word("goal"), pages=word("pages"))
+)
+LOCK_CANCEL = Sql(
+    sa.select(cancel.c.goal, cancel.c.pages).where(cancel.c.id == big("id")).with_for_update()
+)
+SET_CANCEL = Sql(
+    sa.update(cancel).values(at=big("now"), pages=word("pages")).where(cancel.c.id == big("of"))
+)
+DROP_CANCEL = Sql(sa.delete(cancel).where(cancel.c.id == big("id")))
+
+
+def parents_of(dialect: str) -> ClauseElement:
+    r = over_ids(dialect)
+    return sa.select(job.c.id, job.c.parent).where(job.c.id == r.c.id)
+
+
+def roots_of(dialect: str) -> ClauseElement:
+    r = over_ids(dialect)
+    return sa.select(job.c.id, job.c.root).where(job.c.id == r.c.id)
+
+
+PARENTS_OF = Sql(parents_of)
+ROOTS_OF = Sql(roots_of)
 #: The state that a claim's own end has left.
 OWN_END = Sql(sa.select(job.c.state).where(job.c.id == big("id"), job.c.token == -big("token")))
 COUNT_CRASH = Sql(sa.update(job).values(crashes=job.c.crashes + 1).where(job.c.id == big("id")))
