@@ -2,6 +2,7 @@
 
 python -m tests.cancels [--jobs N] [--seed N]
 python -m tests.cancels --trees N [--seed N]    whole trees, in one daemon and in two
+python -m tests.cancels --kills N [--jobs N]    cancels of many that kill -9 cuts off, on all three
 
 Prints a line for each figure with its goal; the exit status is 1 when a goal is missed.
 """
@@ -18,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from tests import tree_cancels
+from tests import killed_cancels, tree_cancels
 from tests.bench import report
 from tests.daemons import Daemon, until
 from tests.servers import short_folder
@@ -165,17 +166,43 @@ def cancel_trees(trees: int, seed: int, *, shared: bool) -> int:
     return int(bool(found.bad) or found.slowest_s > END_S)
 
 
+def kill_cancels(kills: int, jobs: int) -> int:
+    """At so many points on each database; on servers as often with another daemon beside it."""
+    missed = 0
+    for name in killed_cancels.DATABASES:
+        for beside in (False, True)[: 1 if name == "sqlite" else 2]:
+            folder = short_folder()
+            try:
+                found = killed_cancels.run(folder, name, jobs, kills, beside=beside)
+            finally:
+                shutil.rmtree(folder)
+            where = f"{name}{', and another daemon lives' if beside else ''}"
+            points = ", ".join(map(str, found.cancelled))
+            print(f"{where}: {jobs} jobs, killed when so many were cancelled: {points}")
+            report("jobs that survived", str(found.survived), "goal 0")
+            report("starts after the restart", str(found.started), "goal 0")
+            if beside:
+                report("starts in the other until it heard", str(found.unheard), "2 s")
+            report("longest to READY", f"{found.ready_s:.2f} s", "")
+            report("longest until all was cancelled", f"{found.over_s:.2f} s", "")
+            missed |= found.survived or found.started or not all(found.cancelled)
+    return int(bool(missed))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--jobs", type=int, default=1000)
+    parser.add_argument("--jobs", type=int, default=0)
     parser.add_argument("--trees", type=int, default=0)
+    parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     args = parser.parse_args()
     if args.trees:
         return max(cancel_trees(args.trees, args.seed, shared=shared) for shared in (False, True))
+    if args.kills:
+        return kill_cancels(args.kills, args.jobs or 20_000)
     folder = short_folder()
     try:
-        found = run(folder, args.jobs, args.seed)
+        found = run(folder, args.jobs or 1000, args.seed)
     finally:
         shutil.rmtree(folder)
     print(f"{found.jobs} cancels, seed {args.seed}: {dict(sorted(found.said.items()))}")

@@ -208,13 +208,16 @@ def test_a_claim_starts_nothing_that_a_cancel_has_not_come_to_yet(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, ids = half_cancelled(store, monkeypatch)
-    deep, other = store.accepted(below(ids[9], "other"))[0].id, store.submit("other")
+    deep, other = store.accepted(below(ids[5], "other"))[0].id, store.submit("other")
     beside = [store.submit() for _ in range(2)]
     with Store(store.database, "next") as following:
         following.queue.tend_cancels()
-        assert following.claim(3) == []
+        lanes = [following.queue.lane(name, name).id for name in ("hash", "other")]
+        claimed = following.queue.claim(
+            [(lane_id, n) for lane_id, n in zip(lanes, (3, 2), strict=True)]
+        )
+        assert [job.id for job in claimed] == [other]
         assert states(store, *ids).count(CANCELLED) == 5 + 3
-        assert [job.id for job in following.claim(2, "other")] == [other]
         assert states(store, deep) == [CANCELLED]
         assert [job.id for job in following.claim(6)] == beside
     assert set(states(store, *ids)) == {CANCELLED}

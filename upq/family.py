@@ -154,7 +154,7 @@ class Family:
             looked += len(ids) + LEVEL_COSTS
         return n, left
 
-    def _under_way(self) -> dict[int, Goal]:
+    def under_way(self) -> dict[int, Goal]:
         """The cancels that are not through."""
         found = {id: Goal(*json.loads(goal)) for id, _, goal in self._tx.fetch(st.CANCELS)}
         self.cancelling = bool(found)
@@ -162,7 +162,7 @@ class Family:
 
     def cancels_of(self, ids: Collection[int]) -> list[int]:
         """The cancels that are not through in the trees of these jobs."""
-        found = self._under_way()
+        found = self.under_way()
         if not found:
             return []
         asked_for = {*ids, *(id for goal in found.values() for id in goal.jobs)}
@@ -177,7 +177,7 @@ class Family:
     def catch(self, picked: Sequence[Any]) -> set[int]:
         """Cancel those of the rows of CLAIMED that a cancel has not come to yet."""
         caught = set[int]()
-        for cancel, goal in self._under_way().items():
+        for cancel, goal in self.under_way().items():
             met = self._below([row for row in picked if row[0] not in caught], goal)
             if met:
                 self.cancel(sorted(met), goal.who, goal.text)
@@ -192,11 +192,10 @@ class Family:
         above = {row[0]: row[12] for row in picked if row[0] not in goal.spared}
         while above := {id: at for id, at in above.items() if at is not None}:
             found |= {id for id, at in above.items() if at in goal.jobs}
-            ended = found.union(goal.spared)
-            above = {id: at for id, at in above.items() if id not in found and at not in ended}
-            ids = sorted({(at,) for at in above.values()})
+            left = {id: at for id, at in above.items() if id not in found and at not in goal.spared}
+            ids = sorted({(at,) for at in left.values()})
             parents = dict(self._tx.fetch_rows(st.PARENTS_OF, ids)) if ids else {}
-            above = {id: parents.get(at) for id, at in above.items()}
+            above = {id: parents.get(at) for id, at in left.items()}
         return found
 
     # Retry

@@ -230,6 +230,7 @@ class Queue:
                     batch.tx.run(st.ADD_COUNTER, name=name)
             batch.tx.run(st.ADD_NODE, owner=self.owner, name=self.node_name, machine=self.machine,
                          pid=os.getpid(), now=batch.now)  # fmt: skip
+            batch.family.under_way()
             return batch.tx.fetch(st.LANES)
 
         self._know(read_lane(*row) for row in self._act(enter))
@@ -669,9 +670,15 @@ class Queue:
     # Chores
 
     def refresh(self) -> None:
-        """Learn what other daemons on the same database have made and paused."""
-        lanes = self._act(lambda batch: batch.tx.fetch(st.LANES))
-        self._know(read_lane(*row) for row in lanes)
+        """Learn what other daemons on the same database have made and paused, and whether they are
+        cancelling.
+        """
+
+        def learn(batch: Batch) -> list[Any]:
+            batch.family.under_way()
+            return batch.tx.fetch(st.LANES)
+
+        self._know(read_lane(*row) for row in self._act(learn))
 
     def laden(self) -> set[int]:
         """Lanes in which something is queued."""
