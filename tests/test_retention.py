@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -11,9 +13,23 @@ from tests import stores
 from tests.stores import Store
 from tests.test_queue import FEW_ROWS_MS, measured
 from upq import schema, when
+from upq.batch import Batch
 from upq.config import Db, JobSettings, Settings
-from upq.job import CANCELLED, DONE, EXPIRED, FAILED, Outcome, Output
+from upq.job import (
+    CANCELLED,
+    DONE,
+    EXPIRED,
+    FAILED,
+    QUEUED,
+    Accepted,
+    Gather,
+    Limits,
+    NewJob,
+    Outcome,
+    Output,
+)
 from upq.kinds import Unique
+from upq.limits import Limiter
 from upq.retention import Retention, kept_s
 from upq.statements import CHUNK
 
@@ -183,3 +199,60 @@ def test_children_of_a_parent_that_has_failed_stay_as_long_as_it_may_be_retried(
             age(store, id, 100)
         step(retention(store, JobSettings("a", keep_s=DAY_S)))
         assert {child, after} & left(store) == ({child} if state == FAILED else set())
+
+
+# Jobs that stand in for others
+
+
+@pytest.mark.parametrize("purged", ["once it was found", "once it was accepted"])
+@pytest.mark.parametrize("waits", ["join", "batch", "child"])
+def test_nobody_waits_for_a_job_that_is_deleted_at_that_moment(
+    store: Store, monkeypatch: pytest.MonkeyPatch, waits: str, purged: str
+) -> None:
+    """Another daemon deletes it, where the database serves several."""
+    limits = Limits(unique="u", unique_us=round(20 * DAY_S * 1e6))
+    old = store.accepted(NewJob("left", {}, limits=limits))[0].id
+    store.queue.finish(store.claim_one("left"), Outcome(DONE))
+    store.flush()
+    age(store, old, 15)
+    parent = store.submit("parent")
+    store.claim_one("parent")
+    with store.beside() as other:
+
+        def purge() -> None:
+            if store.queue.shared:
+                other.queue.purge(DONE, when.now() - round(14 * DAY_S * 1e6))
+
+        find, accept = Limiter.holders, Batch.accept
+
+        def holders(self: Limiter, keys: Iterable[str]) -> Any:
+            found = find(self, keys)
+            if purged == "once it was found":
+                purge()
+            return found
+
+        def accepting(self: Batch, *args: Any) -> Any:
+            if purged == "once it was accepted":
+                purge()
+            return accept(self, *args)
+
+        monkeypatch.setattr(Limiter, "holders", holders)
+        monkeypatch.setattr(Batch, "accept", accepting)
+        branch = NewJob("left", {}, limits=limits)
+        if waits == "join":
+            right = NewJob("right", {})
+            new = store.accepted(branch, right, NewJob("joint", {}, joins=(branch, right)))
+        elif waits == "batch":
+            filled = store.queue.fill([branch], Gather(NewJob("joint", {})))
+            new = [*filled.jobs, Accepted(filled.id)]
+        else:
+            branch.parent, branch.child_key = parent, "child"
+            new = store.accepted(branch)
+    assert {one.id for one in new} <= left(store)
+    is_gone = store.queue.shared and purged == "once it was found"
+    assert (new[0].id == old) is not is_gone
+    for type in ("left", "right"):
+        for job in store.claim(2, type):
+            store.queue.finish(job, Outcome(DONE))
+    store.flush()
+    assert waits == "child" or store.row(new[-1].id).state == QUEUED

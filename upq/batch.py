@@ -10,7 +10,7 @@ import logging
 import os
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -60,7 +60,7 @@ EVENT_MESSAGE = 4000
 #: So many jobs of a lane, or whatever goes first in a pool.
 Want = tuple[int, int] | Draw
 
-IDEM_KEY, CHILD_KEY = st.AT["idem_key"], st.AT["child_key"]
+IDEM_KEY, CHILD_KEY, OPTIONS = st.AT["idem_key"], st.AT["child_key"], st.AT["options"]
 
 
 @dataclass(slots=True)
@@ -79,6 +79,18 @@ class Submit:
         return sum(
             len(row[st.AT["params"]]) + len(row[st.AT["options"]] or "") for row in self.rows
         )
+
+    @property
+    def keys(self) -> Iterator[str]:
+        """By which a job that is there may stand in for one of these."""
+        for row in self.rows:
+            unique = row[st.AT["uniq_key"]] if len(row) > st.PLAIN else None
+            yield from filter(None, (row[IDEM_KEY], row[CHILD_KEY], unique))
+
+    @property
+    def binds(self) -> bool:
+        """Whether a parent or a join is to wait for what its jobs are found to be."""
+        return any(row[CHILD_KEY] or '"join' in (row[OPTIONS] or "") for row in self.rows)
 
     @property
     def replaces(self) -> bool:
@@ -338,6 +350,8 @@ class Batch:
         cancelled job is refused.
         """
         known = self.known_keys(submits)
+        if known:
+            known = self.hold((one for one in submits if one.binds), known)
         closed = set() if follow else self.family.closed(parents_of(submits))
         results: list[Any] = []
         fresh: list[list[Any]] = []
@@ -461,6 +475,18 @@ class Batch:
         if uniques:
             known.update(self.limiter.holders(uniques))
         return known
+
+    def hold(
+        self, submits: Iterable[Submit], known: dict[str, tuple[int, str]]
+    ) -> dict[str, tuple[int, str]]:
+        """Keep the jobs that have keys of these submits, since somebody is to wait for them, until
+        the commit; what was deleted before is not known any more.
+        """
+        if self.tx.dialect.name == "sqlite":  # which has one writer
+            return known
+        ids = {known[key][0] for one in submits for key in one.keys if key in known}
+        gone = ids - self.lock_states(ids).keys()
+        return {key: found for key, found in known.items() if found[0] not in gone}
 
     def accept(
         self, one: Submit, known: dict[str, tuple[int, str]]

@@ -37,10 +37,10 @@ class Filling:
 def fill(batch: Batch, one: Filling) -> Gathered:
     """Queue members, all or none. Raises RequestError before anything is changed."""
     known = batch.known_keys([one.submit])
-    if not one.is_new:
-        return _add(batch, one, known)
-    found = known.get(one.submit.rows[-1][st.AT["idem_key"]])
-    return _repeat(batch, one, known, found) if found else _begin(batch, one, known)
+    if one.is_new and (found := known.get(one.submit.rows[-1][st.AT["idem_key"]])):
+        return _repeat(batch, one, known, found)
+    known = batch.hold([one.submit], known)
+    return _begin(batch, one, known) if one.is_new else _add(batch, one, known)
 
 
 def _begin(batch: Batch, one: Filling, known: dict[str, tuple[int, str]]) -> Gathered:
