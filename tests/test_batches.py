@@ -376,6 +376,27 @@ def test_a_foreign_member_that_is_added_twice_is_waited_for_once(store: Store) -
     assert state(store, made.id)[0] == QUEUED
 
 
+@pytest.mark.parametrize("done_at", ["before", "between"])
+def test_a_foreign_member_that_is_added_again_once_it_is_done_is_counted_once(
+    store: Store, done_at: str
+) -> None:
+    keyed, limits = NewJob("hash", {"n": 0}, key="k"), Limits(unique="u", unique_us=60_000_000)
+    unique = NewJob("hash", {"n": 1}, limits=limits)
+    store.accepted(keyed)
+    store.accepted(unique)
+    if done_at == "before":
+        end(store, n=2)
+    made = begin(store, [keyed], open=True)
+    assert add(store, made.id, [keyed, unique]).members == 2
+    if done_at == "between":
+        end(store, n=2)
+    assert add(store, made.id, [unique, keyed]).members == 2
+    assert add(store, made.id, [unique, keyed], open=False).members == 2
+    assert add(store, made.id, [keyed], open=False).duplicate
+    assert (told(store, made.id)["members"], edges(store)) == (2, 0)
+    is_whole(store)
+
+
 def test_a_unique_member_is_the_job_that_has_its_key(store: Store) -> None:
     limits = Limits(unique="5")
     other = store.submit("hash", params={"n": 5}, limits=limits)

@@ -64,6 +64,7 @@ def _begin(batch: Batch, one: Filling, known: dict[str, tuple[int, str]]) -> Gat
     fresh.append(row)
     batch.note_new(fresh, submit.who)
     batch.store(fresh, edges + _edges(one.id, fresh[:-1], states))
+    _keep(batch, one.id, states)
     if submit.replaces:
         batch.replace(submit, fresh)
     if not waits:
@@ -78,8 +79,8 @@ def _add(batch: Batch, one: Filling, known: dict[str, tuple[int, str]]) -> Gathe
     states = batch.lock_states(others)
     state, options, kept = _lock_batch(batch, one.id)
     if others:
-        ids = sorted((id,) for id in others)
-        there = {row[0] for row in batch.tx.fetch_rows(st.AMONG_MEMBERS, ids, batch=one.id)}
+        keys = sorted((id, _key(id)) for id in others)
+        there = {row[0] for row in batch.tx.fetch_rows(st.AMONG_MEMBERS, keys, batch=one.id)}
         states = {id: state for id, state in states.items() if id not in there}
     if state == BLOCKED and kept["open"]:
         _refuse_circles(batch, one, fresh, states)
@@ -92,6 +93,7 @@ def _add(batch: Batch, one: Filling, known: dict[str, tuple[int, str]]) -> Gathe
     kept |= {"open": one.open, "n": kept["n"] + len(fresh) + len(states)}
     batch.note_new(fresh, submit.who)
     batch.store(fresh, edges + _edges(one.id, fresh, states))
+    _keep(batch, one.id, states)
     batch.tx.run(
         st.FILL, batch=one.id, more=len(fresh) + _left(states, kept["when"]),
         text=_with_batch(options, kept), why=batch.members.told(one.id, kept),
@@ -144,6 +146,18 @@ def _edges(id: int, fresh: Iterable[list[Any]], states: dict[int, str]) -> list[
     """Those of a follow-up to members that are new, and to others that are not done."""
     needed = [row[0] for row in fresh] + [other for other, is_ in states.items() if is_ != DONE]
     return [(id, needs) for needs in sorted(needed)]
+
+
+def _key(id: int) -> str:
+    """That of a member which is another job, among the steps of its batch."""
+    return f"member {id}"
+
+
+def _keep(batch: Batch, id: int, others: Iterable[int]) -> None:
+    """Keep which other jobs are members: their edges go when they are done."""
+    keys = [(_key(other),) for other in sorted(others)]
+    if keys:
+        batch.tx.run_rows(st.KEEP_MEMBERS, keys, batch=id, now=batch.now)
 
 
 def _with_batch(options: str | None, kept: dict[str, Any]) -> str:

@@ -177,11 +177,12 @@ edge = table(
 )
 
 #: What pieces of a parent's own work have returned, so that none is done again; and the ids of jobs
-#: that stand in for its children (unique).
+#: that stand in for its children (unique), or for members of a batch.
 step = table(
     "step",
     Column("job", Big, primary_key=True, autoincrement=False),
-    # A digest of the name and of how many of that name came before; or the child's key.
+    # A digest of the name and of how many of that name came before; or the child's key; or
+    # "member " and the id of the other job.
     Column("key", String(64), primary_key=True),
     Column("name", String(255), nullable=False),
     Column("result", Long),

@@ -882,11 +882,21 @@ STUCK_LINES = Sql(
 
 
 def among_members(dialect: str) -> ClauseElement:
-    """Which of these jobs are in a batch already: as its own, or as what it waits for."""
-    r = over_ids(dialect)
+    """Which of these jobs are in a batch already: as its own, as what it waits for, or as one that
+    is kept by this key, whatever has become of it.
+    """
+    r = rows(dialect, id=int, k=str)
     awaited = sa.exists().where(edge.c.job == big("batch"), edge.c.needs == r.c.id)
-    own = sa.or_(job.c.parent == big("batch"), awaited)
+    kept = sa.exists().where(step.c.job == big("batch"), step.c.key == r.c.k)
+    own = sa.or_(job.c.parent == big("batch"), awaited, kept)
     return sa.select(job.c.id).where(job.c.id == r.c.id, own)
+
+
+def keep_members(dialect: str) -> ClauseElement:
+    r = rows(dialect, k=str)
+    chosen = sa.select(big("batch"), r.c.k, sa.literal("member"), big("now"))
+    columns = ["job", "key", "name", "at"]
+    return sa.insert(step).from_select(columns, chosen, include_defaults=False)
 
 
 def options_of(dialect: str) -> ClauseElement:
@@ -916,6 +926,7 @@ LOCK_BATCH = Sql(
     sa.select(job.c.state, job.c.options).where(job.c.id == big("batch")).with_for_update()
 )
 AMONG_MEMBERS = Sql(among_members)
+KEEP_MEMBERS = Sql(keep_members)
 STILL_BLOCKED = Sql(still_blocked)
 BAD_COUNTS = Sql(sa.select(job.c.state, sa.func.count()).where(bad_members).group_by(job.c.state))
 BAD_MEMBERS = Sql(
