@@ -88,8 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     add("-c", "--config", metavar="FILE", help="the configuration that names the socket")
     add("-s", "--socket", metavar="ADDRESS", help="path of the socket, or host:port")
     add("--wait", action="store_true", help="follow the job and all below it to the end")
+    add("--wait-job", action="store_true", help="follow the job itself, whatever follows it")
     add("--follow", action="store_true", help="with `output`: go on until the job has ended")
-    add("--timeout", metavar="TIME", type=_timeout, help="with --wait: no longer than 30s, 10m")
+    add("--timeout", metavar="TIME", type=_timeout, help="with these: no longer than 30s, 10m")
     add("--then", metavar="LINE", help="with `-`: the lines are a batch, and this job follows it")
     add("--when", choices=("done", "ended"), help="... when all are done, or ended")
     add("--json", action="store_true", help="print one JSON document; for many lines, one each")
@@ -123,6 +124,7 @@ class _Call:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
+        args.wait = args.wait or args.wait_job
         self.screen = _Screen(args.color)
 
     def run(self, line: str) -> int:
@@ -220,9 +222,9 @@ class _Call:
         ids: Iterable[int],
         timeout_s: float | None = None,
         *,
-        whole: bool = True,
+        whole: bool | None = None,
     ) -> int:
-        status = ACCEPTED
+        status, whole = ACCEPTED, not self.args.wait_job if whole is None else whole
         for id in ids:
             limit_s = self.args.timeout if timeout_s is None else timeout_s
             if self._watches:
@@ -257,7 +259,7 @@ class _Call:
                 is_running = now["state"] == "running"
                 told = _progress(now["progress"]) if is_running else self.screen.told(now["why"])
                 if now["state"] in _FINAL:
-                    told = "the whole: " + _summary(client.show(id)["whole"])
+                    told = _rest(client.show(id))
                 line = _visible(wire.one_line(f"job {id} {now['state']}  {told or ''}".rstrip()))
                 self._status_line(line)
                 wait_s = 1.0
@@ -411,6 +413,20 @@ def _summary(whole: Mapping[str, Any]) -> str:
     if whole["more"]:
         counts.append("and more")
     return f"{whole['state']}, {whole['progress']:.0%}: {', '.join(counts)}"
+
+
+def _rest(shown: Mapping[str, Any]) -> str:
+    """What a whole waits for whose first job has ended, and how it is."""
+    open_ = [one for one in shown["tree"] if one["state"] not in _FINAL]
+    # What runs, or will; the rest comes after it.
+    first = next((one for one in open_ if one["state"] != "blocked"), None)
+    told = ""
+    if first:
+        more = f" and {len(open_) - 1} more" if len(open_) > 1 else ""
+        why = first["reason"] or _progress(first["progress"])
+        why = f"{first['state']}{f', {why}' if why else ''}"
+        told = f"waits for {first['type']} {first['id']} ({why}){more}; "
+    return f"{told}the whole: {_summary(shown['whole'])}"
 
 
 def _progress(progress: Mapping[str, Any] | None) -> str:
