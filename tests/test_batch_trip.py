@@ -173,6 +173,20 @@ def test_a_batch_is_cancelled_and_retried_as_a_whole(daemon: Daemon, when: str) 
     assert daemon.wait(id)["result"] == {"members": 1100, "done": 1100, **NONE}
 
 
+def test_a_batch_that_has_expired_takes_its_members_with_it_and_brings_them_back(
+    daemon: Daemon,
+) -> None:
+    daemon.ask("pause work")
+    reply = many(daemon, submit_many=work(1100), then="report @expires:1s")
+    id = reply["batch"]
+    assert daemon.wait(id)["state"] == "expired"
+    told = daemon.ask(f"wait {id} whole:yes timeout:20s")["whole"]
+    assert (told["state"], told["counts"]) == ("expired", {"expired": 1, "cancelled": 1100})
+    assert daemon.ask(f"retry {id}") == {"id": id, "state": "blocked", "below": 1100}
+    daemon.ask("resume work")
+    assert daemon.wait(id)["result"] == {"members": 1100, "done": 1100, **NONE}
+
+
 def test_retry_of_a_batch_retries_the_members_that_hold_it(daemon: Daemon) -> None:
     reply = many(daemon, submit_many=[*work(2), "work once:1"], then="report")
     daemon.wait(reply["jobs"][2]["id"])

@@ -12,9 +12,24 @@ import sqlalchemy as sa
 
 from tests import stores
 from tests.stores import Store
-from upq import schema, statements
+from upq import schema, statements, when
 from upq.errors import IsCancelled, WrongState
-from upq.job import BLOCKED, CANCELLED, DONE, FAILED, QUEUED, RUNNING, Job, NewJob, Outcome
+from upq.job import (
+    BLOCKED,
+    CANCELLED,
+    DONE,
+    EXPIRED,
+    FAILED,
+    QUEUED,
+    REPLACE,
+    RUNNING,
+    Gather,
+    Gathered,
+    Job,
+    Limits,
+    NewJob,
+    Outcome,
+)
 
 database, url, store = stores.database, stores.url, stores.store
 
@@ -356,3 +371,94 @@ def test_of_a_cancel_and_an_end_at_the_same_moment_nothing_follows(store: Store)
                 one.result()
             assert states(store, the_child(store, root)) == [CANCELLED]
             assert BLOCKED not in states(store, root)
+
+
+# Ended from outside in other ways
+
+
+def no_jobs(job: Job) -> tuple[list[NewJob], None]:
+    return [], None
+
+
+def test_below_a_job_that_is_replaced_all_is_cancelled(store: Store) -> None:
+    replaces = Limits(when_busy=REPLACE)
+    root = store.submit("parent", limits=replaces)
+    job = store.claim_one("parent")
+    waits, runs = child(store, root), child(store, root, "other")
+    deep = child(store, store.claim_one("other").id)
+    end(store, job, QUEUED, run_at=when.now() + 3_600_000_000)
+    new = store.submit("parent", limits=replaces)
+    assert states(store, root, new, waits, runs, deep) == [
+        CANCELLED, QUEUED, CANCELLED, RUNNING, CANCELLED,
+    ]  # fmt: skip
+    assert store.row(runs).cancel_asked == 1
+    assert store.views.job(root)["reason"] == f"replaced by {new}"
+    assert store.views.job(waits)["message"] == "cancelled with the job above it"
+
+
+def test_what_takes_the_place_of_a_job_above_it_goes_on(store: Store) -> None:
+    replaces = Limits(when_busy=REPLACE)
+    root = store.submit("parent", limits=replaces)
+    job = store.claim_one("parent")
+    runs = child(store, root)
+    store.claim_one()
+    end(store, job, QUEUED, run_at=when.now() + 3_600_000_000)
+    new = store.accepted(below(runs, "parent", limits=replaces))[0].id
+    assert states(store, root, runs, new) == [CANCELLED, RUNNING, QUEUED]
+    assert store.row(runs).cancel_asked == 1
+    assert [job.id for job in store.claim(2, "parent")] == [new]
+
+
+def test_a_batch_that_is_replaced_keeps_the_members_that_the_next_one_has(store: Store) -> None:
+    def fill() -> Gathered:
+        members = [NewJob("hash", {"n": 1}, key="k"), NewJob("hash", {"n": 2})]
+        return store.queue.fill(members, Gather(NewJob("tell", {}, limits=replaces)))
+
+    replaces = Limits(when_busy=REPLACE)
+    first, second = fill(), fill()
+    kept, gone = (one.id for one in first.jobs)
+    assert second.jobs[0].id == kept
+    assert states(store, first.id, second.id, kept, gone) == [
+        CANCELLED, BLOCKED, QUEUED, CANCELLED,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("chunk", [2, 1000])
+def test_below_a_job_that_expires_all_is_cancelled_but_what_tells_of_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(statements, "CHUNK", chunk)
+    members = [NewJob("hash", {"n": n}) for n in range(6)]
+    limits = Limits(expires_at=when.now() + 3_600_000_000)
+    made = store.queue.fill(members, Gather(NewJob("tell", {}, limits=limits)))
+    ids = [one.id for one in made.jobs]
+    end(store, store.claim_one())
+    runs = store.claim_one().id
+    store.change(sa.update(schema.job).values(expires_at=1).where(schema.job.c.id == made.id))
+    store.queue.expire(lambda job: ([below(job.id, "sorry")], None))
+    (sorry,) = [one["id"] for one in store.views.children(made.id) if one["type"] == "sorry"]
+    assert (open_cancels(store) == 1) is (chunk == 2)
+    assert [job.id for job in store.claim(1, "sorry")] == [sorry]
+    store.flush()
+    assert states(store, made.id, *ids) == [EXPIRED, DONE, RUNNING, *[CANCELLED] * 4]
+    assert store.row(runs).cancel_asked == 1
+    assert states(store, sorry) == [RUNNING]
+
+
+def test_children_of_a_parent_that_was_given_back_expire_with_it(store: Store) -> None:
+    root = store.submit("parent", limits=Limits(expires_at=when.now() + 3_600_000_000))
+    job = store.claim_one("parent")
+    id = child(store, root)
+    end(store, job, QUEUED, reason="interrupted", counts=False)
+    store.change(sa.update(schema.job).values(expires_at=1).where(schema.job.c.id == root))
+    store.queue.expire(no_jobs)
+    assert states(store, root, id) == [EXPIRED, CANCELLED]
+
+
+def test_children_of_a_parent_that_fails_go_on(store: Store) -> None:
+    """For what runs it again: a timeout is a failure, too."""
+    root = store.submit("parent")
+    job = store.claim_one("parent")
+    id = child(store, root)
+    end(store, job, FAILED, reason="timeout")
+    assert states(store, root, id) == [FAILED, QUEUED]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import pty
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests import cancels, stores, tree_cancels
+from tests import cancels, killed_cancels, stores, tree_cancels
 from tests.conftest import note_database
 from tests.daemons import ROOT, Daemon, acting_as, until
 from tests.servers import Postgres, short_folder
@@ -63,6 +66,13 @@ on_fail = sorry
 [job right]
 [job joined]
 [job sorry]
+[job doomed]
+command = false
+on_fail = stubborn
+[job stubborn]
+command = false
+retries = 20
+retry_delay = 12h
 [job work]
 concurrent = 4
 [job apart]
@@ -166,6 +176,35 @@ def test_the_whole_is_printed_and_followed(daemon: Daemon) -> None:
     lines = cli(daemon, "show", str(id)).stdout
     assert "whole.state\tfailed\n" in lines
     assert f"\n1\t{id + 1}\tb\tb\tfailed\t" in lines
+
+
+def test_a_follow_up_that_is_tried_for_long_is_waited_for_with_the_whole_only(
+    daemon: Daemon,
+) -> None:
+    done = cli(daemon, "--wait-job", "doomed")
+    assert done.returncode == 1
+    assert re.fullmatch(r"ACK (\d+)\njob \1 failed: .*\n\{.*\}\n", done.stdout), done.stdout
+    id = int(done.stdout.split()[1])
+    told = json.loads(cli(daemon, "--json", "--wait-job", "doomed").stdout)
+    assert (told.keys(), told["job"]["state"]) == ({"job"}, FAILED)
+    assert daemon.say(f"wait {id} timeout:100ms").startswith("OK ")
+    assert daemon.say(f"wait {id} timeout:100ms whole:yes").startswith("ERR timeout ")
+    ours, theirs = pty.openpty()
+    words = [sys.executable, str(ROOT / "upq-cli"), "-s", str(daemon.folder / "s")]
+    env = daemon.environment() | {"COLUMNS": "120"}
+    with subprocess.Popen([*words, "--wait", "doomed"], env=env, stdout=subprocess.PIPE,
+                          stderr=theirs, text=True) as seen:  # fmt: skip
+        os.close(theirs)
+        text = b""
+        while b"retry 1 of 20" not in text:
+            text += os.read(ours, 4096)
+        ((last, after),) = re.findall(rb"job (\d+) failed  waits for stubborn (\d+) \(q", text)[-1:]
+        assert b"(queued, retry 1 of 20); the whole: running, " in text
+        assert int(after) > int(last)
+        assert daemon.ask(f"cancel {int(last)}")["below"] == 1
+        assert seen.stdout and "the whole: failed, " in seen.stdout.read()
+        assert seen.wait(30) == 1
+    os.close(ours)
 
 
 def cli(daemon: Daemon, *words: str) -> subprocess.CompletedProcess[str]:
@@ -286,6 +325,17 @@ def test_trees_that_are_cancelled_while_they_grow_leave_nothing_behind(
     assert (found.bad, found.trees) == ([], 15)
     assert found.states["cancelled"] > 5
     assert found.slowest_s < cancels.END_S + 3
+
+
+@pytest.mark.parametrize(("name", "beside"), [("sqlite", False), ("mariadb", False),
+                                              ("postgres", True)])  # fmt: skip
+def test_a_cancel_that_kill_9_cuts_off_is_finished_by_whoever_comes_next(
+    short_tmp: Path, name: str, beside: bool
+) -> None:
+    """The short form of `python -m tests.cancels --kills`."""
+    found = killed_cancels.run(short_tmp, name, 6000, 1, beside=beside)
+    assert (found.survived, found.started) == (0, 0)
+    assert 1000 <= found.cancelled[0] < 6000, "it was cut off in the middle"
 
 
 # Queued again

@@ -157,7 +157,7 @@ def test_members_of_a_batch_are_queued_again_but_not_once_what_follows_them_has_
     parts[0] = follow_up._replace(state=DONE, started_at=5, ended_at=6)
     assert whole.again(parts) == []
     parts[0] = follow_up._replace(state=EXPIRED, ended_at=6)
-    assert whole.again(parts) == [1]
+    assert whole.again([*parts, member(7, 1, FAILED)]) == [1, 3, 4], "7 has told of its end"
 
 
 def test_what_a_bad_end_has_brought_about_is_no_part_of_the_next_run() -> None:

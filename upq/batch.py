@@ -10,7 +10,7 @@ import logging
 import os
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -407,9 +407,12 @@ class Batch:
                 if (line := row[st.AT["serial_key"]]) is not None:
                     self.limiter.came(row[0], line)
 
-    def replace(self, one: Submit, new: list[list[Any]]) -> None:
-        """Have the jobs of a submit that are new, and inserted, take the place of others."""
-        self.limiter.replace(new, self._limits_of(one, new), one.who)
+    def replace(self, one: Submit, new: list[list[Any]], members: Collection[int] = ()) -> None:
+        """Have the jobs of a submit that are new, and inserted, take the place of others, below
+        which all is cancelled but these and what the new ones wait for: members of a batch.
+        """
+        replaced = self.limiter.replace(new, self._limits_of(one, new), one.who)
+        self.cancel_below(replaced, spared={*members, *(row[0] for row in new)})
 
     def follow(self, submits: Sequence[Submit], cancelled: Iterable[int] = ()) -> None:
         """Insert what ends bring about. Some of it is cancelled at once: see `_close_below`."""

@@ -66,7 +66,7 @@ def _begin(batch: Batch, one: Filling, known: dict[str, tuple[int, str]]) -> Gat
     batch.store(fresh, edges + _edges(one.id, fresh[:-1], states))
     _keep(batch, one.id, states)
     if submit.replaces:
-        batch.replace(submit, fresh)
+        batch.replace(submit, fresh, others)
     if not waits:
         batch.members.release([(one.id, kept)])
     return Gathered(one.id, jobs, duplicate=False, open=one.open, members=n)
@@ -99,7 +99,7 @@ def _add(batch: Batch, one: Filling, known: dict[str, tuple[int, str]]) -> Gathe
         text=_with_batch(options, kept), why=batch.members.told(one.id, kept),
     )  # fmt: skip
     if submit.replaces:
-        batch.replace(submit, fresh)
+        batch.replace(submit, fresh, others)
     if not one.open:
         batch.lower_waits({one.id: 1})
     return Gathered(one.id, jobs, duplicate=False, open=one.open, members=kept["n"])

@@ -213,13 +213,18 @@ class Limiter:
         """All that was accepted is in the table."""
         self._new_keys.clear()
 
-    def replace(self, new: Sequence[list[Any]], limits: Sequence[Limits | None], who: str) -> None:
-        """Cancel what waits where the new jobs, which are inserted, take its place."""
+    def replace(
+        self, new: Sequence[list[Any]], limits: Sequence[Limits | None], who: str
+    ) -> list[int]:
+        """Cancel what waits where the new jobs, which are inserted, take its place; returns it."""
+        replaced: list[int] = []
         for at, (row, one) in enumerate(zip(new, limits, strict=True)):
             if one is not None and one.when_busy == REPLACE:
                 kept_ids = {later[0] for later in new[at:]}
                 old = self.waiting(row[st.AT["type"]], row[st.AT["serial_key"]]) - kept_ids
-                self.end_waiting(old, CANCELLED, reason=f"replaced by {row[0]}", who=who)
+                ended = self.end_waiting(old, CANCELLED, reason=f"replaced by {row[0]}", who=who)
+                replaced += [id for id, _ in ended]
+        return replaced
 
     def count(self, type: str, *states: str) -> int:
         """How many jobs a type has in these states, those of this batch among them.

@@ -703,7 +703,10 @@ class Queue:
         return list(self._act(run))
 
     def expire(self, then: Follow) -> set[int]:
-        """End what has not started in time, with what `then` says for it. Returns its lanes."""
+        """End what has not started in time and what is below it, with what `then` says for it.
+
+        Returns its lanes.
+        """
         rows = self._act(lambda batch: batch.tx.fetch(st.OVERDUE, now=batch.now))
         overdue = [read_waiting(row, self.vault) for row in rows]
         after = {one.id: then(one) for one in overdue}
@@ -711,7 +714,10 @@ class Queue:
 
         def run(batch: Batch) -> set[int]:
             ended = batch.limiter.expire(one.id for one in overdue)
-            batch.follow([follow[id] for id, _ in ended if id in follow])
+            submits = [follow[id] for id, _ in ended if id in follow]
+            batch.follow(submits)
+            told = {row[0] for one in submits for row in one.rows}
+            batch.cancel_below((id for id, _ in ended), spared=told)
             batch.note_health([wish for id, _ in ended if (wish := after[id][1]) is not None])
             return {lane_id for _, lane_id in ended}
 

@@ -157,7 +157,11 @@ def _comes_back(one: Member, above: Member) -> bool:
         return later(one.ended_at, above.ended_at)
     # A child is asked for again. What is no child was there before the job above ever ran, and is
     # what that waits for; or its bad end has brought it about, and the next one will do so again.
-    return one.child_key is None and above.started_at is None and above.state != EXPIRED
+    if one.child_key is not None or above.started_at is not None:
+        return False
+    return (
+        above.state != EXPIRED or one.state == CANCELLED or not later(one.ended_at, above.ended_at)
+    )
 
 
 # What is shown
