@@ -259,7 +259,7 @@ class _Call:
                 is_running = now["state"] == "running"
                 told = _progress(now["progress"]) if is_running else self.screen.told(now["why"])
                 if now["state"] in _FINAL:
-                    told = _rest(client.show(id))
+                    told = self.screen.told(_rest(client.show(id)))
                 line = _visible(wire.one_line(f"job {id} {now['state']}  {told or ''}".rstrip()))
                 self._status_line(line)
                 wait_s = 1.0
