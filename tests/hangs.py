@@ -8,6 +8,7 @@ Prints a line for each figure with its goal; the exit status is 1 when a goal is
 from __future__ import annotations
 
 import shutil
+import statistics
 import sys
 import threading
 import time
@@ -22,7 +23,10 @@ from tests.test_ends import HANG
 #: Seconds that each hanging job may take, and that upq may take on top to end or declare it.
 TIMEOUT_S, ON_TOP_S = 3, 6
 #: Seconds between two jobs of the others.
-EVERY_S = 0.05
+EVERY_S = 0.02
+#: How often they are looked at with nothing beside them, and with poison: what else the machine
+#: does changes from minute to minute. Goals are for the median of the rounds.
+ROUNDS = 5
 HOWS = ("loop", "sleep", "call", "lock")
 POISON = """
 def run(self):
@@ -104,11 +108,13 @@ def main() -> int:
         with Daemon(folder, CONFIG, hang=HANG, hung=HANG, poison=POISON, stamp=STAMP) as daemon:
             pid = daemon.ask("status")["pid"]
             measure(daemon, [], 2)
-            calm = percentile(measure(daemon, [], 10)[0], 0.99)
-            report("others from submit to start, p99, nothing else runs", f"{calm:.1f} ms")
-
-            poison = [f"poison how:{how}" for how in ("exit", "segfault", "kill")] * 10
-            waits, _ = measure(daemon, poison, 10)
+            poison = [f"poison how:{how}" for how in ("exit", "segfault", "kill")] * 2
+            calm, waits = [], []
+            for _ in range(ROUNDS):
+                calm.append(percentile(measure(daemon, [], 6)[0], 0.99))
+                waits.append(percentile(measure(daemon, poison, 0)[0], 0.99))
+                report("others from submit to start, p99", f"{calm[-1]:.1f} ms",
+                       f"{waits[-1]:.1f} ms with poison")  # fmt: skip
             jobs = daemon.ask("jobs type:poison limit:1000")["jobs"]
             starts = {job["starts"] for job in jobs}
             judge("T13 starts of poison jobs, each", str(starts), "{3}", starts == {3})
@@ -116,8 +122,9 @@ def main() -> int:
             judge("T13 their ends", str(crashed), "crashed", crashed == {("failed", "crashed")})
             same = daemon.ask("status")["pid"] == pid
             judge("T13 restarts of the daemon", "0" if same else "1", "0", same)
-            p99 = percentile(waits, 0.99)
-            judge("T13 others meanwhile, p99", f"{p99:.1f} ms", "twice that", p99 <= 2 * calm)
+            p99, before = statistics.median(waits), statistics.median(calm)
+            judge("T13 others meanwhile, p99, median", f"{p99:.1f} ms",
+                  f"twice {before:.1f} ms", p99 <= 2 * before)  # fmt: skip
 
             for type, how in [(type, how) for type in ("hung", "hang") for how in HOWS]:
                 waits, took_s = measure(daemon, [f"{type} how:{how} @timeout:{TIMEOUT_S}s"], 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from tests.daemons import Daemon, until
 from tests.servers import short_folder
 from upq import vault
 from upq.child import Lines
-from upq.process import ending
+from upq.process import LIVES_APART, MOST_APART_S, Pace, ending
 
 SECRET = "not-for-children"
 
@@ -229,6 +230,42 @@ def test_a_job_that_kills_its_child_is_started_three_times_and_hurts_nobody(
     assert one.ask("status")["pid"] == pid
     one.ask(f"cancel {bystander}")
     assert one.wait(bystander)["state"] == "cancelled"
+
+
+def test_children_that_die_again_and_again_start_apart(short_tmp: Path) -> None:
+    """T13: what they leave free is for the others."""
+    body = """
+def run(self):
+    import os
+    if self.jobdata["how"] != "well":
+        note(time.monotonic())
+        os._exit(1)
+"""
+    config = "[job dies]\nexecutor = process\nconcurrent = 4"
+    with Daemon(short_tmp, config, dies=body) as daemon:
+        ids = [daemon.submit("dies how:badly") for _ in range(4)]
+        assert {daemon.wait(id)["starts"] for id in ids} == {3}
+        at_s = sorted(map(float, daemon.ledger))
+        # Of the first four nobody knew yet.
+        apart_s = [b - a for a, b in itertools.pairwise(at_s[4:])]
+        assert len(apart_s) == 7 and min(apart_s) > 0.05
+
+        ids = [daemon.submit("dies how:badly") for _ in range(8)]
+        for id in ids:
+            daemon.ask(f"cancel {id}")
+        assert {daemon.wait(id)["state"] for id in ids} == {"cancelled"}
+        assert daemon.run("dies how:well")["state"] == "done"
+
+
+def test_the_next_child_waits_by_the_life_of_the_last() -> None:
+    pace = Pace()
+    assert pace.take(0.0) == 0.0
+    pace.died(10.0, 10.1)
+    assert pace.take(10.1) == pytest.approx(LIVES_APART * 0.1)
+    assert pace.take(10.6) == 0.0
+    assert pace.take(10.6) == pytest.approx(LIVES_APART * 0.1)
+    pace.died(20.0, 3620.0)
+    assert pace.take(3620.0) == MOST_APART_S
 
 
 def test_a_child_inherits_nothing_and_is_used_again(one: Daemon) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import grp
 import importlib
-import importlib.abc
 import importlib.machinery
 import importlib.util
 import inspect
@@ -554,7 +553,7 @@ class SourceLoader(importlib.machinery.SourceFileLoader):
         raise OSError("never cached")
 
 
-class JobFinder(importlib.abc.MetaPathFinder):
+class JobFinder:
     """Imports `upq_jobs.<name>` from one folder, and only files that others cannot change.
 
     Never looks at sys.path. One at a time is installed, by `Loader`.

@@ -41,6 +41,11 @@ IDLE_S = 60.0
 SEND_S, LEAVE_S = 10, 5
 #: Seconds for a dead child's exit status to arrive.
 STATUS_S = 1.0
+#: Where children die of their first job they start so many of their lives apart, and so many
+#: seconds at the most: what dies again and again leaves the machine to the others.
+LIVES_APART, MOST_APART_S = 4, 1.0
+#: Seconds between two looks whether it is still so.
+LOOK_S = 0.1
 
 _START = "import sys; sys.path.insert(0, sys.argv[1]); from upq.child import main"
 
@@ -300,6 +305,27 @@ class ProcessJob(UpqJob):
         return self.db.url.render_as_string(hide_password=False)
 
 
+class Pace:
+    """When the next child of a type may start whose children die."""
+
+    def __init__(self) -> None:
+        self._apart_s = self._next_s = 0.0
+        self._lock = threading.Lock()
+
+    def died(self, born_s: float, now_s: float) -> None:
+        with self._lock:
+            self._apart_s = min(LIVES_APART * (now_s - born_s), MOST_APART_S)
+            self._next_s = max(self._next_s, now_s + self._apart_s)
+
+    def take(self, now_s: float) -> float:
+        """0.0: one may start now, and the next later; else the seconds until then."""
+        with self._lock:
+            if now_s < self._next_s:
+                return self._next_s - now_s
+            self._next_s = now_s + self._apart_s
+            return 0.0
+
+
 class Processes:
     """The executor: keeps children between jobs, as many as have run at a time."""
 
@@ -309,6 +335,8 @@ class Processes:
         #: Children that have nothing to do, by type; the last used last.
         self._idle: dict[str, list[Interpreter]] = {}
         self._leaving: list[Interpreter] = []
+        #: Of types whose last child has died of its first job.
+        self._paces: dict[str, Pace] = {}
         # How often the configuration was read.
         self._age = 0
 
@@ -324,11 +352,17 @@ class Processes:
     def perform(self, kind: JobType, plugin: UpqJob) -> Report:
         assert isinstance(plugin, ProcessJob)
         try:
-            interpreter = self._idle_one(kind) or self._new_one(kind)
+            interpreter = self._find(kind, plugin)
         except OSError as error:
             log.error("no child process for %s: %s", kind.name, error)
             return Report(AWAY, f"no child process: {error}")
+        if interpreter is None:
+            return judged(plugin, Report(INTERRUPTED))
         report = plugin.carry(interpreter)
+        if report.end != CRASHED:
+            self._paces.pop(kind.name, None)
+        elif not interpreter.jobs:
+            self._paces.setdefault(kind.name, Pace()).died(interpreter.since_s, time.monotonic())
         self._take_back(kind, interpreter, spoilt=bool(plugin.ended_by) or report.end == BROKEN)
         return judged(plugin, report)
 
@@ -358,8 +392,17 @@ class Processes:
         for one in self._leaving:
             one.bury(max(over_s - time.monotonic(), 0))
 
-    def _new_one(self, kind: JobType) -> Interpreter:
-        return Interpreter(self._terms(kind), self._age, self._lifeline)
+    def _find(self, kind: JobType, plugin: UpqJob) -> Interpreter | None:
+        """A child for this job, in time; None when the job is to end before there is one."""
+        while True:
+            if one := self._idle_one(kind):
+                return one
+            pace = self._paces.get(kind.name)
+            wait_s = pace.take(time.monotonic()) if pace is not None else 0.0
+            if not wait_s:
+                return Interpreter(self._terms(kind), self._age, self._lifeline)
+            if plugin.cancel_event.wait(min(wait_s, LOOK_S)):
+                return None
 
     def _terms(self, kind: JobType) -> dict[str, Any]:
         """What a child has to know of its type, besides the jobs."""

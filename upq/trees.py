@@ -114,8 +114,10 @@ def end_orphans(tokens: Collection[int], grace_s: float = GRACE_S) -> int:
     for signum, wait_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, KILL_WAIT_S)):
         deadline = time.monotonic() + wait_s
         ended |= tree.signal(signum)
-        while tree.groups() and time.monotonic() < deadline:
+        while (left := tree.groups()) and time.monotonic() < deadline:
             time.sleep(TICK_S)
+        if not ended and not left:
+            break  # as nearly always when a process has died: two looks have found nothing
     return len(ended)
 
 
