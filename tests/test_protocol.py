@@ -128,6 +128,7 @@ def test_options_are_converted(words: str, options: Options) -> None:
     "word",
     [
         *("@inn:10m", "@", "@:1", "@in", "@in:soon", "@in:-1s", "@at:noon", "@in:200000w"),
+        *("@at:9999-12-31T23:59:59Z", "@at:9000-01-01T00:00:00Z"),
         *("@priority:urgent", "@priority:99999999", "@key:", "@retries:-1", "@retries:x"),
         *("@after:", "@after:1,,2", "@after:a", "@after:99999999999999999999", "@after:²"),
         *("@timeout:inf", "@in:1h @at:2026-12-01T02:00:00Z"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from textwrap import dedent, indent
@@ -122,6 +123,20 @@ def test_a_retry_waits_and_counts(shop: Shop) -> None:
     run_at = shop.store.row(seen["id"]).run_at
     assert before + 60_000_000 <= run_at <= when.now() + 60_000_000
     assert seen["attempt"] == 1
+
+
+@pytest.mark.parametrize("after", ["1e12", "'soon'", "float('nan')", "float('inf')", "10**400"])
+def test_a_retry_after_no_time_at_all_is_told_with_its_line(shop: Shop, after: str) -> None:
+    shop.offer(run=f"raise Retry('busy', after={after})", retries="2")
+    seen = shop.run()
+    assert (seen["state"], seen["reason"]) == (QUEUED, "retry 1 of 2")
+    assert re.search(r"jobs/\w+\.py:\d+: ValueError: after: .* is not a number", seen["message"])
+
+
+def test_a_retry_in_the_past_is_one_at_once(shop: Shop) -> None:
+    shop.offer(run="raise Retry('busy', after=-5)", retries="2")
+    seen = shop.run()
+    assert (seen["state"], seen["message"]) == (QUEUED, "busy")
 
 
 def test_after_the_last_retry_a_job_has_failed(shop: Shop) -> None:

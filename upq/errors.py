@@ -33,10 +33,13 @@ UpqError
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 #: Characters of a child's message that stand in the text of a ChildFailed.
 CHILD_CHARS = 1000
+#: Seconds that a job may ask to wait for its next attempt: a hundred years.
+RETRY_LIMIT_S = 36525 * 86400
 
 
 class UpqError(Exception):
@@ -181,13 +184,26 @@ class ChildFailed(UpqError):
 class Retry(UpqError):
     """Raise in `run()` to fail this attempt and try again, if any retries are left.
 
-    after: seconds to wait; None leaves it to the type's retry_delay and retry_backoff.
+    after: seconds to wait, up to a hundred years; None leaves it to the type's retry_delay and
+    retry_backoff. Raises ValueError when it is neither.
     """
 
     def __init__(self, message: str = "", after: float | None = None) -> None:
-        self.after_s = after
+        self.after_s = None if after is None else _wait_s(after)
         super().__init__(message)
 
 
 class Abort(UpqError):
     """Raise in `run()` to fail the job for good, without further attempts."""
+
+
+def _wait_s(after: float) -> float:
+    try:
+        seconds = float(after)
+    except (TypeError, ValueError, OverflowError):
+        seconds = math.nan
+    if not seconds <= RETRY_LIMIT_S:
+        raise ValueError(
+            f"after: {after!r} is not a number of seconds, a hundred years at the most"
+        )
+    return max(seconds, 0.0)

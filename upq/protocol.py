@@ -412,7 +412,10 @@ def _duration(value: Any) -> float:
 
 
 def _instant(value: Any) -> int:
-    return when.instant(_text(value))
+    at = when.instant(_text(value))
+    if at >= when.TOO_LATE_AT:
+        raise ValueError(f"{value!r} is later than the year 8999")
+    return at
 
 
 def _priority(value: Any) -> int:

@@ -23,6 +23,8 @@ _SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 #: A hundred years: added to any date in use, it still fits the columns that keep times.
 LONGEST_S = 36525 * 86400
+#: The year 9000: what a job may not wait for; a few such durations later there are still dates.
+TOO_LATE_AT = 221845392000 * 1_000_000
 
 
 def duration(text: str) -> float:
