@@ -587,6 +587,7 @@ FAULTS = [
     ("[pool]\nqueues = a", 1, "[pool] needs a name: [pool storage]"),
     ("[pool a b]\nqueues = a", 1, "pool 'a b' is not a name of letters, digits"),
     ("[pool a]", 1, "[pool a] has no queues"),
+    ("[pool a]\nqueues =", 1, "[pool a] has no queues"),
     ("[pool a]\nqueues = a:2 b", 2, "queues: some have a weight and some have not"),
     ("[pool a]\nqueues = a:0", 2, "queues: 0 is not between 1 and 1000"),
     ("[pool a]\nqueues = a b a", 2, "queues: names the same queues twice"),

@@ -932,7 +932,8 @@ def _pool(name: str, ini: Ini) -> PoolSettings:
     if not re.fullmatch("[A-Za-z0-9_.-]{1,64}", name):
         ini.fault(section.place, f"pool {shown(name)} is not a name of letters, digits, _ . and -")
     pool = _fill(PoolSettings, section.name, ini, name=name)
-    if not section.items.get("queues"):
+    queues = section.items.get("queues")
+    if queues is None or not queues.text.strip():
         ini.fault(section.place, f"[pool {name}] has no queues")
     if pool.by_weight and pool.ageing_s:
         place = ini.place(section.name, "ageing")
