@@ -68,6 +68,8 @@ def run(self):
         sys.exit(3)
     elif how == "raise":
         raise ValueError("bad")
+    elif how == "untold":
+        raise type("Odd", (Exception,), {"__str__": lambda self: 1 / 0})
     elif how == "false":
         self.msg("no such")
         return False
@@ -174,6 +176,7 @@ def test_the_class_sees_the_same_api(one: Daemon) -> None:
     [
         ("sys.exit", "queued", "retry 1 of 1", "jobs/ways.py:21: SystemExit: 3"),
         ("raise", "queued", "retry 1 of 1", "jobs/ways.py:23: ValueError: bad"),
+        ("untold", "queued", "retry 1 of 1", "jobs/ways.py:25: Odd: its text cannot be had"),
         ("memory", "queued", "retry 1 of 1", "MemoryError"),
         ("false", "queued", "retry 1 of 1", "no such"),
         ("retry", "queued", "retry 1 of 1", "again"),

@@ -648,7 +648,11 @@ def blame(error: BaseException, file: Path) -> str:
         return str(error)
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}: {type(error).__name__}: {error.msg}"
-    return f"{raised_at(error, file) or file}: {type(error).__name__}: {error}"
+    try:
+        text = str(error)
+    except Exception:  # of the job's own making
+        text = "its text cannot be had"
+    return f"{raised_at(error, file) or file}: {type(error).__name__}: {text}"
 
 
 def raised_at(error: BaseException, file: Path) -> str:
