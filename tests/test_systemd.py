@@ -47,6 +47,17 @@ def test_a_reload_tells_the_time_it_began(manager: socket.socket) -> None:
     assert before <= int(usec) <= time.monotonic_ns() // 1000
 
 
+def test_who_does_not_read_holds_nobody_up(
+    manager: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(systemd, "SEND_S", 0.1)
+    waiting = 0
+    while systemd.notify("WATCHDOG=1"):
+        waiting += 1
+    assert waiting and manager.recv(4096) == b"WATCHDOG=1"
+    assert systemd.notify("WATCHDOG=1")
+
+
 @pytest.mark.parametrize("address", [None, "", "vsock:2:1", "/no/such/socket", "@upq-none"])
 def test_nobody_to_tell_is_no_fault(address: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)

@@ -11,6 +11,8 @@ import time
 
 #: The first passed descriptor, fixed by sd_listen_fds(3).
 FIRST_FD = 3
+#: Seconds that systemd may take to read what it is told; a daemon does not hang with it.
+SEND_S = 5.0
 
 
 def notify(*assignments: str) -> bool:
@@ -26,6 +28,7 @@ def notify(*assignments: str) -> bool:
     lines = (assignment.replace("\n", " ") for assignment in assignments)
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.settimeout(SEND_S)
             sock.connect(address)
             sock.sendall("\n".join(lines).encode())
     except OSError:
