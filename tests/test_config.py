@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.jobkit import SHARED
-from upq import config
+from upq import config, vault
 from upq.config import JobSettings, Settings
 from upq.errors import ConfigError
 from upq.params import Param, ParamSpec
@@ -488,6 +488,20 @@ def test_a_secret_file_that_does_not_serve_is_a_fault(
 
 
 # Warnings
+
+
+@pytest.mark.parametrize("unique", ["pw", "params", "n,pw for 1h"])
+def test_a_secret_whose_digest_is_stored_is_a_warning(
+    load: Callable[..., Settings], write: Callable[..., None], tmp_path: Path, unique: str
+) -> None:
+    job = f"[job a]\ncommand = true\nparams = n:int pw:str\nsecret = pw\nunique = {unique}\n"
+    assert load(job).warnings == ()  # it stands there as it is, anyway
+    vault.add_key(str(tmp_path / "keys"))
+    assert load(f"{job}[db]\nkey_file = {tmp_path}/keys").warnings == (
+        "upq.cfg:5: unique: a digest of pw is stored, by which a short one is guessed",
+    )
+    plain = job.replace(f"unique = {unique}", "unique = n")
+    assert load(f"{plain}[db]\nkey_file = {tmp_path}/keys").warnings == ()
 
 
 @pytest.mark.parametrize(

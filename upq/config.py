@@ -873,6 +873,13 @@ def _with_params(job: JobSettings, ini: Ini) -> JobSettings:
     for name in sorted(job.secret.intersection(names_in(" ".join(job.command or ())))):
         place = ini.place(f"job {job.name}", "command")
         ini.warn(place, f"command: everyone on this machine can see {{{name}}} in `ps`")
+    if job.unique and "db" in ini.sections and "key_file" in ini.sections["db"].items:
+        names_of_key = job.secret if job.unique.names is None else job.unique.names
+        for name in sorted(job.secret.intersection(names_of_key)):
+            place = ini.place(f"job {job.name}", "unique")
+            ini.warn(
+                place, f"unique: a digest of {name} is stored, by which a short one is guessed"
+            )
     return _with_command(job, ini)
 
 
