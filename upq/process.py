@@ -41,9 +41,9 @@ IDLE_S = 60.0
 SEND_S, LEAVE_S = 10, 5
 #: Seconds for a dead child's exit status to arrive.
 STATUS_S = 1.0
-#: Where children die of their first job they start so many of their lives apart, and so many
-#: seconds at the most: what dies again and again leaves the machine to the others.
-LIVES_APART, MOST_APART_S = 4, 1.0
+#: Where children die of their first job the next starts so many of their lives later, then twice as
+#: long, up to so many seconds: what dies again and again leaves the machine to the others.
+LIVES_APART, MOST_APART_S = 4, 5.0
 #: Seconds between two looks whether it is still so.
 LOOK_S = 0.1
 
@@ -314,7 +314,8 @@ class Pace:
 
     def died(self, born_s: float, now_s: float) -> None:
         with self._lock:
-            self._apart_s = min(LIVES_APART * (now_s - born_s), MOST_APART_S)
+            apart_s = max(2 * self._apart_s, LIVES_APART * (now_s - born_s))
+            self._apart_s = min(apart_s, MOST_APART_S)
             self._next_s = max(self._next_s, now_s + self._apart_s)
 
     def take(self, now_s: float) -> float:
@@ -370,6 +371,7 @@ class Processes:
         """Children that are idle leave; those that work do when they are done."""
         with self._lock:
             self._age += 1
+            self._paces.clear()
             kept, self._idle = self._idle, {}
             self._dismiss([one for idle in kept.values() for one in idle])
 
