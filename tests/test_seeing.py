@@ -574,7 +574,7 @@ STORM = 1000
 @pytest.mark.slow
 def test_a_storm_of_retries_is_spread_and_survives_a_restart(url: str, short_tmp: Path) -> None:
     body = "def run(self):\n    self.jobdata['n'] = self.jobdata.get('n', 0) + 1\n    return False"
-    config = "[job storm]\nconcurrent = 4\nretries = 2\nretry_delay = 10s\nretry_backoff = 1\n"
+    config = "[job storm]\nconcurrent = 4\nretries = 2\nretry_delay = 20s\nretry_backoff = 1\n"
     daemon = Daemon(short_tmp, config, "" if url.startswith("sqlite") else url, storm=body)
     with daemon:
         daemon.say(json.dumps({"submit_many": [{"submit": "storm"}] * STORM}))
@@ -583,7 +583,7 @@ def test_a_storm_of_retries_is_spread_and_survives_a_restart(url: str, short_tmp
               and starts(daemon)[1] == STORM)  # fmt: skip
         threads = len(os.listdir(f"/proc/{daemon.process.pid}/task"))  # type: ignore[union-attr]
         daemon.restart()
-        until(lambda: starts(daemon)[3] == STORM, 90)
+        until(lambda: starts(daemon)[3] == STORM, 150)
         until(lambda: daemon.ask("status")["jobs"]["failed"] == STORM)
         found = starts(daemon)
         first = seconds_of(daemon, 2)

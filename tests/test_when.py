@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import time
+from collections import Counter
 from datetime import UTC, datetime
 
 import pytest
@@ -104,8 +106,16 @@ def test_backoff_grows_by_the_factor_up_to_the_cap() -> None:
 
 
 def test_backoff_is_spread_about_the_delay() -> None:
-    assert when.backoff(1, 10, 2, 60, random=0.0) == 4
-    assert when.backoff(9, 10, 2, 60, random=1.0) == 96
+    assert when.backoff(1, 10, 2, 60, random=0.0) == 2.5
+    assert when.backoff(9, 10, 2, 60, random=1.0) == 105
+
+
+def test_a_thousand_that_fail_at_once_come_back_at_most_a_tenth_in_a_second() -> None:
+    """T18 with the delay that comes when none is set."""
+    for seed in range(20):
+        rng = random.Random(seed)
+        waits = [when.backoff(1, 10, 2, 3600, rng.random()) for _ in range(1000)]
+        assert max(Counter(map(int, waits)).values()) <= 100
 
 
 def test_a_delay_longer_than_the_cap_stays_as_asked() -> None:

@@ -77,11 +77,11 @@ def backoff(attempt: int, delay_s: float, factor: float, cap_s: float, random: f
     """Seconds to wait after failed attempt number `attempt` (the first is 1).
 
     The delay grows by `factor` with each attempt up to `cap_s` (never below `delay_s`), times
-    0.4 to 1.6 as `random` goes from 0 to 1, so that jobs that failed together come back apart.
+    0.25 to 1.75 as `random` goes from 0 to 1, so that jobs that failed together come back apart.
     """
     # Beyond a hundred steps every cap is long reached, and a float would overflow.
     grown = delay_s * factor ** min(attempt - 1, 100)
-    return min(max(cap_s, delay_s), grown) * (0.4 + 1.2 * random)
+    return min(max(cap_s, delay_s), grown) * (0.25 + 1.5 * random)
 
 
 def size(text: str) -> int:
