@@ -370,6 +370,21 @@ def test_promises_are_shown_by_tests_that_there_are() -> None:
     assert numbers == {1, 2, 3, 5, 7, 8, 10, 11, 12, 13, 15, 16, 17, 18, 19}
 
 
+@pytest.mark.parametrize(
+    ("example", "system", "checks"),
+    [("containers", "OVZ", 17), ("storage", "ISA", 16), ("deploy", "DJZ", 24)],
+)
+def test_an_example_has_a_line_and_a_test_for_each_check(
+    example: str, system: str, checks: int
+) -> None:
+    page = (ROOT / f"examples/{example}/README.md").read_text()
+    told = re.findall(rf"^\| {system}-([0-9]+) \| .+ \|$", page, re.MULTILINE)
+    assert told == [f"{number:02}" for number in range(1, checks + 1)]
+    tests = "".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
+    named = re.findall(rf"^def test_{system.lower()}((?:_and|_[0-9]+)+)_", tests, re.MULTILINE)
+    assert sorted({number for name in named for number in re.findall("[0-9]+", name)}) == told
+
+
 def test_the_architecture_page_has_the_floors_as_they_are() -> None:
     page = (ROOT / "docs/architecture.md").read_text()
     rows = re.findall(r"^\| (\d+) \| (.+?) \|", page, re.MULTILINE)
