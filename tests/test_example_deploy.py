@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -17,8 +19,9 @@ from typing import Any, NamedTuple
 import psycopg
 import pytest
 
-from tests.daemons import until
+from tests.daemons import ROOT, until
 from tests.deploy_world import EXAMPLE, FIRST_UID, PATIENCE_S, PLAIN, World
+from tests.test_docs import commands, fits
 
 BUILD = ["check out", "virtualenv", "install", "verify", "archive"]
 DEPLOY = ["download", "create user", "extract", "run"]
@@ -61,18 +64,44 @@ def site(world: World) -> Site:
 # The whole way
 
 
+def typed(world: World, *command: str) -> str:
+    """What a command prints that is typed in the folder of the example."""
+    who = {f"GIT_{role}_{what}": "ann@example.org" for role in ("AUTHOR", "COMMITTER")
+           for what in ("NAME", "EMAIL")}  # fmt: skip
+    return subprocess.run(
+        command, cwd=world.folder, env={**world.daemon.environment(), **who}, check=False,
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ).stdout  # fmt: skip
+
+
 @pytest.mark.slow
-def test_a_django_project_gets_from_its_repository_to_a_page_behind_nginx(world: World) -> None:
-    repo = world.repository("hello", EXAMPLE / "sample")
-    guesses = world.daemon.run(f"check_repo repo:{repo}")["result"]
-    zoombuild = guesses["zoombuild"].replace("hosts = ", "hosts = hello.example.org www.hello.org")
-    id = world.daemon.give("build_and_deploy", app="hello", repo=repo, zoombuild=zoombuild)
-    job = world.daemon.ended(id)
-    assert job["state"] == "done", job["message"]
-    status, page = world.page("hello.example.org")
-    assert (status, world.page("www.hello.org")[0]) == (200, 200)
-    user = re.fullmatch(r"<p>Hello, visitor [0-9]+\. I am user ([0-9]+)\.</p>\n", page)
-    assert user and int(user[1]) == (job["result"]["uid"] or os.getuid())
+def test_what_the_page_tells_brings_a_django_project_behind_nginx(world: World) -> None:
+    """Typed as it stands there, but for the servers, which run."""
+    page = (EXAMPLE / "README.md").read_text()
+    for there, here in {
+        "../../upq-cli": f"{sys.executable} {ROOT}/upq-cli",
+        "/tmp/hello": f"{world.folder}/hello",
+        "load 0.12": "load 0.12, 2: load 0.12",
+        '"hosts = hello.example.org"': '"hosts = hello.example.org www.hello.org"',
+    }.items():
+        assert there in page
+        page = page.replace(there, here)
+    shown, fetched = re.findall(r"```console\n(.*?)```", page, re.DOTALL)
+    (client,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    for command, told in commands(shown):
+        if not command.startswith(("mkdir ", "nginx ", "PYTHONPATH=. ")):
+            printed = typed(world, "sh", "-c", command)
+            assert fits(told, printed), f"{command}: {printed}"
+    message = typed(world, sys.executable, "-c", client)
+    (job,) = world.daemon.ask("jobs type:build_and_deploy limit:1")["jobs"]
+    assert message == f"hello is at http://hello.example.org/, release {job['id']}\n"
+    status, text = world.page("hello.example.org")
+    ((_, told),) = commands(fetched)
+    assert status == 200 and fits(told, text)
+    visitor, uid = map(int, re.findall("[0-9]+", text))
+    assert f"visitor {visitor}." in told
+    assert uid == (world.daemon.job(job["id"])["result"]["uid"] or os.getuid())
+    assert world.page("www.hello.org")[0] == 200
     assert world.page("nobody.example.org")[0] == 404
     # What the visitors have left is in the site's own database, made by its migrations.
     database = world.postgres.conninfo.replace("/postgres?", "/dz_hello?")
