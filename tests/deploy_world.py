@@ -147,7 +147,7 @@ class Platform(Daemon):
 
     def __init__(self, folder: Path) -> None:
         shutil.copytree(EXAMPLE, folder, dirs_exist_ok=True,
-                        ignore=shutil.ignore_patterns("__pycache__", "var"))  # fmt: skip
+                        ignore=shutil.ignore_patterns("__pycache__", "var", "work"))  # fmt: skip
         super().__init__(folder)
         self.env = {
             "PATH": f"{folder}/bin:{os.environ['PATH']}",
@@ -353,7 +353,7 @@ class World:
 
     def steps(self, release: int) -> list[dict[str, Any]]:
         """All that the steps.log of a release's tasks say, in the order of the tasks."""
-        work = self.folder / "var/work"
+        work = self.folder / "work"
         builds = work.glob(f"build/*/{release}/steps.log")
         files = [*builds, *work.glob(f"appserver/*/*/{release}/steps.log")]
         return [json.loads(line) for file in files for line in file.read_text().splitlines()]
@@ -361,7 +361,7 @@ class World:
     def servers_of(self, app: str) -> list[int]:
         """The processes of an application's web servers that live, on all appservers."""
         found = []
-        for file in (self.folder / "var/work/appserver").glob(f"*/{app}/*/pid"):
+        for file in (self.folder / "work/appserver").glob(f"*/{app}/*/pid"):
             pid = int(file.read_text().split()[0])
             with contextlib.suppress(OSError):
                 stat = Path(f"/proc/{pid}/stat").read_text()
@@ -370,7 +370,7 @@ class World:
 
     def working_for(self, app: str) -> list[int]:
         """The processes that work in the folders of an application."""
-        work = self.folder / "var/work"
+        work = self.folder / "work"
         folders = [*work.glob(f"build/{app}"), *work.glob(f"appserver/*/{app}")]
         return [pid for folder in folders for pid in working_in(folder)]
 

@@ -78,7 +78,7 @@ def test_djz_01_a_task_runs_from_a_shell(tmp_path: Path) -> None:
 def test_the_example_s_settings_are_read() -> None:
     settings = Settings.read(EXAMPLE / "deploy.ini")
     assert settings.appservers == {1: "127.0.0.1"}
-    assert settings.work == EXAMPLE / "var/work"
+    assert settings.work == EXAMPLE / "work"
 
 
 def test_what_is_missing_in_the_settings_is_named(tmp_path: Path) -> None:

@@ -212,7 +212,7 @@ def test_djz_14_when_one_branch_fails_the_job_fails_after_the_other_has_ended(
     world: World,
 ) -> None:
     daemon = world.daemon
-    (world.folder / "var/work/passwords/orphan").mkdir(parents=True)  # no file: nothing to read
+    (world.folder / "work/passwords/orphan").mkdir(parents=True)  # no file: nothing to read
     with world.held("bundle_upload"):
         id = world.ask_for("orphan")
         daemon.until_state(daemon.child(id, "create_database")["id"], "failed")
@@ -232,7 +232,7 @@ def test_djz_12_a_database_is_made_once(world: World, site: Site) -> None:
 
 
 def test_djz_13_the_password_reaches_the_site_and_nobody_else(world: World, site: Site) -> None:
-    password = (world.folder / "var/work/passwords/shop").read_text()
+    password = (world.folder / "work/passwords/shop").read_text()
     assert len(password) >= 32
     made = site.tasks["create_database"]["result"]
     shown = {"name": "dz_shop", "user": "dz_shop", "host": "127.0.0.1", "password": "***"}
@@ -270,7 +270,7 @@ def test_djz_15_16_the_least_loaded_server_is_chosen_and_its_queue_gets_the_depl
     assert tasks["placement"]["result"] == {"server": 2}
     assert tasks["placement"]["ended_at"] <= tasks["deploy"]["created_at"]
     assert (tasks["deploy"]["queue"], tasks["retire"]["queue"]) == ("appserver_2", "appserver_2")
-    assert (world.folder / f"var/work/appserver/2/two/{job['id']}/site/app.py").exists()
+    assert (world.folder / f"work/appserver/2/two/{job['id']}/site/app.py").exists()
     assert world.daemon.run("placement app:any")["result"] == {"server": 1}
 
 
@@ -303,7 +303,7 @@ def test_djz_18_the_hooks_run_on_the_appserver_after_the_deployment(
     starts = [site.tasks["deploy"]["ended_at"], *(hook["started_at"] for hook in hooks)]
     assert starts == sorted(starts)
     uid = site.tasks["deploy"]["result"]["uid"] or os.getuid()
-    done = (world.folder / "var/work/appserver/1/shop/home/hooks").read_text().splitlines()
+    done = (world.folder / "work/appserver/1/shop/home/hooks").read_text().splitlines()
     assert done == [
         f"['migrate', '--run-syncdb', '--noinput'] {uid} dz_shop",
         f"['migrate', '--noinput'] {uid} dz_shop",
@@ -340,7 +340,7 @@ def test_djz_20_old_versions_are_retired_and_come_back_by_a_rollback(world: Worl
     assert back["state"] == "done", back["message"]
     assert "Version 1" in world.page("versions.example.org")[1]
     assert len(world.servers_of("versions")) == 1
-    folder = world.folder / "var/work/appserver/1/versions"
+    folder = world.folder / "work/appserver/1/versions"
     kept = {int(path.name) for path in folder.iterdir() if path.name.isdecimal()}
     assert kept == {failed["id"], back["id"]} and first["id"] < second["id"]
 
