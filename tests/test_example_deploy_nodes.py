@@ -1,22 +1,28 @@
 """examples/deploy as several nodes, here daemons of one machine that share a PostgreSQL.
 
-Several machines come with part D of the plan; what is shown here is who runs what.
+Several machines come with part D of the plan; what is shown here is who runs what, that tasks of
+several nodes make one job, and that a node may die in the middle of its task.
 """
 
 from __future__ import annotations
 
+import configparser
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import psycopg
 import pytest
 
 from tests.conftest import unavailable
-from tests.deploy_world import Platform
+from tests.daemons import until
+from tests.deploy_world import PATIENCE_S, PLAIN, Platform, World, working_in
 from tests.servers import Postgres, short_folder
+from tests.test_example_deploy import HANGING, TASKS
 
 
 @pytest.fixture
@@ -79,3 +85,97 @@ def test_djz_02_03_04_each_node_looks_at_its_own_queues_only(folder: Path, url: 
         assert nodes_of(web, on_seven, on_any) == {"seven"}
         assert web.job(on_three)["state"] == "blocked"
         assert nodes_of(web, on_three) == set()
+
+
+@pytest.fixture
+def fleet(url: str) -> Iterator[tuple[World, dict[str, Platform]]]:
+    """A node for each kind of work, two of them appservers, and one that has only users."""
+    pools = {
+        "usercontrol": "usercontrol", "build": "build placement", "database": "database",
+        "proxy": "proxy", "one": "appserver", "two": "appserver",
+    }  # fmt: skip
+    with World() as world, ExitStack() as running:
+        world.daemon.end()
+        ini = configparser.ConfigParser(interpolation=None)
+        ini.read(world.folder / "deploy.ini")
+        ini["proxy"]["sites"] = str(world.folder / "var/nginx/sites")
+        (world.folder / "nodes").mkdir()
+        nodes = {}
+        for name, served in pools.items():
+            made = nodes[name] = node(world.folder / "nodes", url, name, served)
+            made.env |= {"PATH": world.daemon.env["PATH"], "UPQ_JOB_SURVEY__SCHEDULE": "@yearly"}
+            with (made.folder / "deploy.ini").open("w") as out:
+                ini.write(out)
+        for number, name in enumerate(("one", "two"), 1):
+            nodes[name].env["UPQ_POOL_APPSERVER__QUEUES"] = f"appserver_{number} all_appservers"
+        for made in nodes.values():
+            running.enter_context(made)
+        yield world, nodes
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_djz_11_23_24_a_job_is_made_by_several_nodes_and_each_of_them_may_die(
+    fleet: tuple[World, dict[str, Platform]],
+) -> None:
+    world, nodes = fleet
+    web = nodes["usercontrol"]
+    assert web.ended(web.submit("survey"))["state"] == "done"
+
+    def asked_for(app: str, **files: str) -> int:
+        repo = world.repository(app, {**PLAIN, **files})
+        return web.give("build_and_deploy", app=app, repo=repo, zoombuild=world.plan(app))
+
+    def killed(name: str) -> None:
+        nodes[name].kill9()
+        nodes[name].start()
+
+    # DJZ-11: the database and the upload, each on its own node at the same time.
+    for gate in ("before bundle_upload", "before deploy", "before proxy_update"):
+        world.gate(gate).touch()
+    with psycopg.connect(world.postgres.conninfo) as other:
+        other.execute("CREATE ROLE dz_far")  # not committed: create_database has to wait for it
+        id = asked_for("far")
+        until(lambda: web.children(id, "bundle_upload"), PATIENCE_S)
+        upload, database = web.child(id, "bundle_upload"), web.child(id, "create_database")
+        for task in upload, database:
+            web.until_state(task["id"], "running")
+        assert {web.job(task["id"])["state"] for task in (upload, database)} == {"running"}
+        # DJZ-23: the node that has the job and one of its tasks dies, and the other one.
+        killed("build")
+        killed("database")
+        world.gate("before bundle_upload").unlink()
+        other.rollback()
+    server = until(lambda: web.child(id, "placement")["result"], PATIENCE_S)["server"]
+    appserver = ("one", "two")[server - 1]
+    for task, name in ("deploy", appserver), ("proxy_update", "proxy"):
+        web.until_state(web.child(id, task)["id"], "running")
+        killed(name)
+        world.gate(f"before {task}").unlink()
+    job = web.ended(id)
+    assert job["state"] == "done", job["message"]
+    assert world.page("far.example.org")[0] == 200
+    tasks = {task["type"]: task for task in web.children(id)}
+    assert Counter(task["type"] for task in web.children(id)) == TASKS
+    starts = {type: task["starts"] for type, task in tasks.items() if task["starts"] > 1}
+    assert starts == {"bundle_upload": 2, "create_database": 2, "deploy": 2, "proxy_update": 2}
+    ran = {type: nodes_of(web, task["id"]) for type, task in tasks.items()}
+    assert ran == {
+        "build_bundle": {"build"}, "bundle_upload": {"build"}, "placement": {"build"},
+        "create_database": {"database"}, "proxy_update": {"proxy"},
+        "deploy": {appserver}, "manage": {appserver}, "retire": {appserver},
+    }  # fmt: skip
+
+    # DJZ-24: a cancel that one node is told of ends what runs on another one.
+    id = asked_for("near", **HANGING)
+    until(lambda: web.children(id, "deploy"), PATIENCE_S)
+    deploy = web.child(id, "deploy")
+    web.until_state(deploy["id"], "running")
+    (appserver,) = nodes_of(web, deploy["id"])
+    folder = nodes[appserver].folder / "work"
+    at_work = f"appserver/{deploy['params']['server']}/near"
+    until(lambda: working_in(folder / at_work), PATIENCE_S)
+    web.ask(f"cancel {id}")
+    assert web.ask(f"wait {id} timeout:29s whole:yes")["whole"]["state"] == "cancelled"
+    assert web.job(deploy["id"])["state"] == "cancelled"
+    until(lambda: not working_in(folder / at_work))
