@@ -18,6 +18,14 @@ from upq_jobs.moving import MovingJob
 
 from upq import Abort, Retry
 
+try:
+    from compression import zstd
+except ImportError:  # before Python 3.14
+    try:
+        from backports import zstd
+    except ImportError:
+        zstd = None
+
 
 class Format(NamedTuple):
     suffix: str
@@ -51,10 +59,23 @@ FORMATS = {
         lambda file, level: lzma.LZMAFile(file, "wb", preset=level),  # noqa: SIM115
         lzma.LZMAFile,
     ),
+    "zstd": Format(
+        ".zst",
+        range(1, 23),
+        3,
+        lambda file, level: zstd.ZstdFile(file, "wb", options=zstd_options(level)),
+        lambda file: zstd.ZstdFile(file),  # noqa: PLW0108, there may be no zstd
+    ),
 }
 SUFFIXES = tuple(form.suffix for form in FORMATS.values())
 #: What a reader says of data that its writer has not written.
-DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)
+DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, *([zstd.ZstdError] if zstd else []))
+
+
+def zstd_options(level: int) -> dict[Any, int]:
+    """With a checksum, as the program zstd writes it."""
+    known = zstd.CompressionParameter
+    return {known.compression_level: level, known.checksum_flag: 1}
 
 
 class Archive_file(MovingJob):
@@ -65,6 +86,10 @@ class Archive_file(MovingJob):
         name = self.getcfg("format", "gzip")
         if name not in FORMATS:
             return self.refuse(f"[job {self.jobname}] format is one of {', '.join(FORMATS)}")
+        if name == "zstd" and zstd is None:
+            return self.refuse(
+                f"[job {self.jobname}] format zstd needs the extra `zstd`: pip install 'upq[zstd]'"
+            )
         self.form = FORMATS[name]
         level = str(self.getcfg("level") or self.form.level)
         if level not in map(str, self.form.levels):

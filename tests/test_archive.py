@@ -9,8 +9,12 @@ import functools
 import gzip
 import hashlib
 import importlib
+import io
 import lzma
 import os
+import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -335,10 +339,33 @@ def test_files_that_are_in_the_archive_themselves_are_refused(
 
 # archive_file
 
-OPENERS = {"gzip": (".gz", gzip.open), "bzip2": (".bz2", bz2.open), "xz": (".xz", lzma.open)}
+
+def opened_by_zstd(path: Path) -> Any:
+    """What the program makes of it."""
+    done = subprocess.run(["zstd", "-q", "-d", "-c", path], capture_output=True, check=True)
+    return io.BytesIO(done.stdout)
 
 
-@pytest.mark.parametrize("form", OPENERS)
+OPENERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "gzip": (".gz", gzip.open), "bzip2": (".bz2", bz2.open), "xz": (".xz", lzma.open),
+    "zstd": (".zst", opened_by_zstd),
+}  # fmt: skip
+ZSTD = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
+
+
+@pytest.fixture(params=OPENERS)
+def form(request: pytest.FixtureRequest) -> str:
+    """Each format there is."""
+    if request.param == "zstd":
+        if not shutil.which("zstd"):
+            unavailable("no program zstd (Debian: apt-get install zstd)")
+        try:
+            importlib.import_module(ZSTD)
+        except ImportError:
+            unavailable(f"no {ZSTD}: pip install --group dev")
+    return str(request.param)
+
+
 def test_a_file_is_compressed_and_the_catalogue_knows(
     jobs: Jobs, compress: Run, file: Path, files: Path, form: str
 ) -> None:
@@ -361,7 +388,6 @@ def test_a_file_is_compressed_and_the_catalogue_knows(
     assert jobs.run("verify_local_file", {"fid": 1}).state == "done"
 
 
-@pytest.mark.parametrize("form", OPENERS)
 def test_the_same_content_makes_the_same_archive(
     jobs: Jobs, compress: Run, file: Path, files: Path, form: str
 ) -> None:
@@ -443,6 +469,28 @@ def test_no_file_is_overwritten_by_an_archive(
     assert Path(f"{file}.gz").read_bytes() == there
 
 
+def test_an_archive_that_is_spoilt_is_known_in_each_format(
+    compress: Run, file: Path, form: str
+) -> None:
+    compress(format=form, original="keep")
+    archive = Path(f"{file}{OPENERS[form][0]}")
+    whole = archive.read_bytes()
+    for spoilt in (b"another", b"", whole[:-5], whole[:9] + b"spoilt" + whole[15:]):
+        archive.write_bytes(spoilt)
+        ended = compress(format=form)
+        assert ended.message == f"{archive} exists already, and holds something else"
+        assert file.read_bytes() == BODY
+
+
+def test_zstd_says_what_it_needs(
+    jobs: Jobs, file: Path, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("backports", "compression"):
+        monkeypatch.setitem(sys.modules, package, None)
+    said = jobs.submit("archive_file", {"fid": 1}, files=str(files), format="zstd")
+    assert "[job archive_file] format zstd needs the extra `zstd`: pip install 'upq[zstd]'" in said
+
+
 def test_a_file_that_changed_after_a_killed_archiving_is_not_lost(
     compress: Run, file: Path
 ) -> None:
@@ -455,7 +503,7 @@ def test_a_file_that_changed_after_a_killed_archiving_is_not_lost(
 @pytest.mark.parametrize(
     ("more", "why"),
     [
-        ({"format": "zip"}, "[job archive_file] format is one of gzip, bzip2, xz"),
+        ({"format": "zip"}, "[job archive_file] format is one of gzip, bzip2, xz, zstd"),
         ({"level": "10"}, "[job archive_file] level of gzip is 1 to 9"),
         ({"format": "xz", "level": "x"}, "[job archive_file] level of xz is 0 to 9"),
         ({"original": "burn"}, "[job archive_file] original is remove or keep"),
