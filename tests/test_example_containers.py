@@ -277,9 +277,12 @@ def test_a_request_that_cannot_be_met_is_refused_before_it_is_queued(host: Host)
         "cid:501 ipadd:10.2.0.999": "ipadd: '10.2.0.999' does not appear to be",
         "cid:501 nserver:dns": "nserver: 'dns' does not appear to be",
         "cid:501 hname:-web": "hname: '-web' is not the name of a host",
+        "cid:501 uptime:soon": "uptime: 'soon' is not a time",
         '{"cid": 501, "net": {"cid": 502}}': "cid: is given twice",
     }.items():
         assert host.say(f"container {wrong}").startswith(f"ERR refused {why}")
+    none = host.say("lease owner:ann instances:0")
+    assert none.startswith("ERR refused instances: 0 is less than 1")
     assert host.ask("jobs")["jobs"] == []
 
 

@@ -25,6 +25,8 @@ STAGES = {
 
 #: The lowest number of a container: OpenVZ keeps those below for itself.
 LOWEST = 101
+#: As upq reads a `delay`.
+UPTIME = re.compile(r"[0-9]+(\.[0-9]+)?|([0-9]+(\.[0-9]+)?(ms|[smhdw]))+")
 HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 
 
@@ -65,6 +67,7 @@ def checked(request: Mapping[str, Any]) -> dict[str, Any]:
         "ipadd": ipaddress.ip_interface,
         "nserver": ipaddress.ip_address,
         "hname": host_name,
+        "uptime": uptime,
     }
     for name, read in readers.items():
         if name in found:
@@ -80,6 +83,8 @@ def several(request: Mapping[str, Any], instances: int) -> list[dict[str, Any]]:
 
     Raises ValueError.
     """
+    if instances < 1:
+        raise ValueError(f"instances: {instances} is less than 1")
     first = checked(request)
     return [checked(first | following(first, nth)) for nth in range(instances)]
 
@@ -98,3 +103,10 @@ def host_name(text: str) -> str:
     if not HOST_NAME.fullmatch(text):
         raise ValueError(f"{text!r} is not the name of a host")
     return text
+
+
+def uptime(value: Any) -> str:
+    """It is found out here, not when a container runs that cannot be stopped."""
+    if not UPTIME.fullmatch(str(value)):
+        raise ValueError(f"{value!r} is not a time such as 20s, 10m or 2h")
+    return str(value)
