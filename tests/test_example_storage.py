@@ -487,6 +487,19 @@ def test_kill_9_in_the_middle_of_archiving_loses_nothing(short_tmp: Path) -> Non
         assert disk.read_bytes() == before
 
 
+def test_an_archive_that_is_full_says_so_and_keeps_nothing_of_it(short_tmp: Path) -> None:
+    site = Site(short_tmp)
+    # It takes a few bytes, and then no more.
+    few = 'for part; do :; done; head -c 9 >"$part"; exec "$program" -q -f -o /dev/full'
+    with held_up(site, "zstd", f'case $* in *-T0*) {few};; *) exec "$program" "$@";; esac'):
+        disk = site.made("big.qcow2", os.urandom(2 * MB))
+        before = disk.read_bytes()
+        job = site.run("archive_disk pool:fast disk:big.qcow2 @retries:0")
+        assert "No space left on device" in job["message"]
+        assert list((site.folder / "var/archive/fast").iterdir()) == []
+        assert disk.read_bytes() == before
+
+
 def test_a_task_that_is_cancelled_ends_with_all_it_has_started(short_tmp: Path) -> None:
     site = Site(short_tmp)
     with held_up(site, "zstd", "exec sleep 100"):

@@ -98,13 +98,10 @@ def take_in(came: Path, target: Path) -> None:
     """Copy it: the pool may be another file system than the web's."""
     if target.exists() and sha256(target) == sha256(came):
         return  # an earlier run did it
-    part = part_of(target)
-    try:
+    with part_of(target) as part:
         shutil.copyfile(came, part)
         inspect(part)
         place(part, target)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def inspect(image: Path) -> None:
@@ -133,13 +130,13 @@ def download(site: Site, pool: str, disk: str = "", medium: str = "") -> dict[st
     item = site.web / "items" / ticket_name(secret)
     with held(reads=[image]):
         info(image)
-        part = part_of(item)
         kind = format_of(image)
-        if kind == "qcow2":
-            qemu("convert", "-c", "-f", kind, "-O", kind, image, part, says="copied")
-        else:
-            shutil.copyfile(image, part)
-        place(part, item)
+        with part_of(item) as part:
+            if kind == "qcow2":
+                qemu("convert", "-c", "-f", kind, "-O", kind, image, part, says="copied")
+            else:
+                shutil.copyfile(image, part)
+            place(part, item)
     return {**given, "bytes": item.stat().st_size}
 
 

@@ -100,9 +100,9 @@ def create_disk(site: Site, pool: str, disk: str, size: str = "", base: str = ""
             wanted = wanted or info(below)["virtual-size"]
             words = ["-b", os.path.relpath(below, image.parent), "-F", format_of(below)]
         if not image.exists():
-            part = part_of(image)
-            qemu("create", "-q", "-f", "qcow2", *words, part, wanted)
-            place(part, image)
+            with part_of(image) as part:
+                qemu("create", "-q", "-f", "qcow2", *words, part, wanted)
+                place(part, image)
         there = info(image)
         if there["virtual-size"] != wanted or backing_of(image) != (below and below.resolve()):
             raise Refused(f"{disk} is there already, with another size or base")
@@ -139,9 +139,9 @@ def convert(site: Site, pool: str, disk: str, to: str) -> dict[str, Any]:
     with held(changes=[target], reads=[image]):
         info(image)
         if not target.exists():
-            part = part_of(target)
-            qemu("convert", *kinds, image, part, says=f"to {to}")
-            place(part, target)
+            with part_of(target) as part:
+                qemu("convert", *kinds, image, part, says=f"to {to}")
+                place(part, target)
         elif not same(image, target):
             raise Refused(f"{to} is there already, and is something else")
     return {"disk": to, "bytes": allocated(target)}
@@ -213,12 +213,12 @@ def sparsify(site: Site, pool: str, disk: str) -> dict[str, Any]:
         before, below, words = allocated(image), backing_of(image), []
         if below:
             words = ["-B", os.path.relpath(below, image.parent), "-F", format_of(below)]
-        part = part_of(image)
         kind = format_of(image)
-        qemu("convert", "-S", "4k", "-f", kind, "-O", kind, *words, image, part, says="copied")
-        if not same(image, part):
-            raise Failed(f"the copy of {disk} is not the same")
-        flush(part)
-        os.replace(part, image)
+        with part_of(image) as part:
+            qemu("convert", "-S", "4k", "-f", kind, "-O", kind, *words, image, part, says="copied")
+            if not same(image, part):
+                raise Failed(f"the copy of {disk} is not the same")
+            flush(part)
+            os.replace(part, image)
         flush(image.parent)
     return {"disk": disk, "before": before, "after": allocated(image)}

@@ -8,8 +8,9 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, Any
 
 from vdi.images import allocated, backing_of, info, refuse_children
@@ -30,32 +31,40 @@ def blocks(file: IO[bytes], size: int, says: str) -> Iterator[bytes]:
             print(f"progress: {percent}% {says}", flush=True)
 
 
+@contextmanager
+def zstd(*words: str | Path, **pipes: int) -> Iterator[subprocess.Popen[bytes]]:
+    """The program, until it has ended. Raises Failed with what it has said."""
+    with TemporaryFile() as said:
+        with (
+            suppress(BrokenPipeError),
+            subprocess.Popen(["zstd", "-q", *words], stderr=said, **pipes) as program,
+        ):
+            yield program
+        said.seek(0)
+        told = said.read().decode(errors="replace").strip() or f"exit code {program.returncode}"
+    if program.returncode:
+        raise Failed(f"zstd: {told.splitlines()[-1]}")
+
+
 def pack(image: Path, part: Path) -> str:
     """Compress a file; returns the hash of what it holds."""
     digest = hashlib.sha256()
-    with (
-        open(image, "rb") as file,
-        subprocess.Popen(["zstd", "-q", "-T0", "-o", part], stdin=subprocess.PIPE) as zstd,
-    ):
-        assert zstd.stdin
+    with open(image, "rb") as file, zstd("-T0", "-o", part, stdin=subprocess.PIPE) as program:
+        assert program.stdin
         for block in blocks(file, image.stat().st_size, "packed"):
             digest.update(block)
-            zstd.stdin.write(block)
-    if zstd.returncode:
-        raise Failed(f"zstd: exit code {zstd.returncode}")
+            program.stdin.write(block)
     return digest.hexdigest()
 
 
 def unpack(shelf: Path, size: int, write: Callable[[bytes], object]) -> str:
     """Hand out what a compressed file holds; returns its hash."""
     digest = hashlib.sha256()
-    with subprocess.Popen(["zstd", "-q", "-d", "-c", shelf], stdout=subprocess.PIPE) as zstd:
-        assert zstd.stdout
-        for block in blocks(zstd.stdout, size, "unpacked"):
+    with zstd("-d", "-c", shelf, stdout=subprocess.PIPE) as program:
+        assert program.stdout
+        for block in blocks(program.stdout, size, "unpacked"):
             digest.update(block)
             write(block)
-    if zstd.returncode:
-        raise Failed(f"zstd: exit code {zstd.returncode}")
     return digest.hexdigest()
 
 
@@ -92,13 +101,14 @@ def archive_disk(site: Site, pool: str, disk: str) -> dict[str, Any]:
 
 
 def shelve(site: Site, image: Path, shelf: Path) -> None:
-    part, size, below = part_of(shelf), image.stat().st_size, backing_of(image)
-    digest = pack(image, part)
-    if unpack(part, size, len) != digest:
-        raise Failed(f"what was written of {image.name} cannot be read")
+    size, below = image.stat().st_size, backing_of(image)
     backing = os.path.relpath(below, site.pools.resolve()) if below else ""
-    write_json(note_of(shelf), {"size": size, "sha256": digest, "backing": backing})
-    place(part, shelf)
+    with part_of(shelf) as part:
+        digest = pack(image, part)
+        if unpack(part, size, len) != digest:
+            raise Failed(f"what was written of {image.name} cannot be read")
+        write_json(note_of(shelf), {"size": size, "sha256": digest, "backing": backing})
+        place(part, shelf)
 
 
 def unarchive_disk(site: Site, pool: str, disk: str) -> dict[str, Any]:
@@ -108,13 +118,13 @@ def unarchive_disk(site: Site, pool: str, disk: str) -> dict[str, Any]:
         if shelf.exists():
             note = json.loads(note_of(shelf).read_text())
             if not image.exists():
-                part = part_of(image)
-                with open(part, "wb") as file:
-                    digest = unpack(shelf, note["size"], Holes(file).write)
-                    file.truncate(note["size"])
-                if digest != note["sha256"]:
-                    raise Failed(f"{shelf.name} is damaged")
-                place(part, image)
+                with part_of(image) as part:
+                    with open(part, "wb") as file:
+                        digest = unpack(shelf, note["size"], Holes(file).write)
+                        file.truncate(note["size"])
+                    if digest != note["sha256"]:
+                        raise Failed(f"{shelf.name} is damaged")
+                    place(part, image)
             elif sha256(image) != note["sha256"]:
                 raise Refused(f"{disk} is there already, and is something else")
             shelf.unlink()

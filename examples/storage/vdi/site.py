@@ -140,11 +140,15 @@ def held(*, changes: Iterable[Path] = (), reads: Iterable[Path] = ()) -> Iterato
         yield
 
 
-def part_of(path: Path) -> Path:
-    """Where it is made, until it is whole. What an earlier run has left is gone."""
+@contextmanager
+def part_of(path: Path) -> Iterator[Path]:
+    """Where it is made, until it is whole. What has failed is gone, and what was killed before."""
     part = path.with_name(f".part.{path.name}")
     part.unlink(missing_ok=True)
-    return part
+    try:
+        yield part
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def flush(path: Path) -> None:
@@ -168,8 +172,8 @@ def place(part: Path, path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    part = part_of(path)
-    part.write_text(json.dumps(value))
-    flush(part)
-    os.replace(part, path)
+    with part_of(path) as part:
+        part.write_text(json.dumps(value))
+        flush(part)
+        os.replace(part, path)
     flush(path.parent)
