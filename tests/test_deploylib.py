@@ -185,6 +185,8 @@ def test_a_program_that_fails_is_told_by_its_last_line(capfd: pytest.CaptureFixt
     assert capfd.readouterr().err == "first\nthe reason\n"
     with pytest.raises(TaskError, match="sh ended with 4"):
         run(["sh", "-c", "exit 4"])
+    with pytest.raises(TaskError, match=r"fatal: .*/none' does not appear to be a git repository"):
+        run(["git", "clone", "file:///none"])
 
 
 def test_a_file_is_written_whole_with_its_mode(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from deploylib.settings import TaskError
 #: Told of each step as it begins: its number, how many there are, its name.
 Report = Callable[[int, int, str], None]
 
+#: Where git and nginx say what is wrong; the last line of theirs is good advice.
+REASON = re.compile(r"^fatal: |\[emerg\] ")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -61,7 +64,10 @@ class Steps:
 def run(
     argv: Sequence[str], cwd: Path | None = None, env: Mapping[str, str] | None = None, uid: int = 0
 ) -> None:
-    """Run a program; what it prints goes to standard error. Raises TaskError with its last line."""
+    """Run a program; what it prints goes to standard error.
+
+    Raises TaskError with its last line, or with that of git and nginx that has the reason.
+    """
     done = subprocess.run(
         argv, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, errors="replace", check=False, **as_user(uid),
@@ -69,7 +75,7 @@ def run(
     sys.stderr.write(done.stdout)
     if done.returncode:
         said = done.stdout.strip().splitlines() or [f"{argv[0]} ended with {done.returncode}"]
-        raise TaskError(said[-1])
+        raise TaskError(next(filter(REASON.search, said), said[-1]))
 
 
 def as_user(uid: int) -> dict[str, Any]:
