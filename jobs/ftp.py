@@ -151,6 +151,13 @@ class Line(ftplib.FTP_TLS):
                     # That of SSLSocket is not for a thread that does not own it.
                     socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
+    def begin_in(self, folder: str) -> None:
+        """Go into a folder that has to be there."""
+        try:
+            self.cwd(folder)
+        except ftplib.error_perm as error:
+            raise ftplib.error_perm(f"{error} (the folder {folder} of its url)") from None
+
     def enter(self, folder: PurePosixPath) -> None:
         """Go into a folder below this one; what is missing of it is made."""
         for name in map(literal, folder.parts):
@@ -237,7 +244,7 @@ def session(mirror: Mirror, cancelled: threading.Event) -> Iterator[Line]:
             if mirror.tls != "no":
                 line.prot_p()
             if mirror.folder:
-                line.cwd(mirror.folder)
+                line.begin_in(mirror.folder)
             yield line
             with contextlib.suppress(*ftplib.all_errors):  # all is done, whatever comes now
                 line.quit()

@@ -202,6 +202,7 @@ def test_files_go_below_the_folder_of_the_address(
 ) -> None:
     missing = upload(eu_url=f"{ftp.url}/pub%20lic/files")
     assert missing.state == "abort"  # whoever made a typo does not want that folder
+    assert missing.message.endswith("(the folder pub lic/files of its url)")
     (mirror / "pub lic/files").mkdir(parents=True)
     assert upload(eu_url=f"{ftp.url}/pub%20lic/files").state == "done"
     assert has_all(mirror / "pub lic/files")
