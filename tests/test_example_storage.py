@@ -302,14 +302,14 @@ def test_isa_06_a_node_takes_jobs_of_its_own_pools_only(network: list[Site]) -> 
     assert nodes == {here: {"b"}, there: {"a"}}
 
 
-@pytest.mark.parametrize("level", ["high", "low"])
-def test_isa_07_and_09_a_queue_that_no_task_goes_to_is_legal_and_listed(
-    site: Site, level: str
-) -> None:
-    name = f"hypervisor.fast.{level}"
-    site.do(f"sweep @queue:{name}")
-    (listed,) = [one for one in site.ask("queues")["queues"] if one["queue"] == name]
-    assert (listed["pool"], listed["queued"], listed["running"]) == ("hypervisor", 0, 0)
+def test_isa_07_and_09_queues_that_no_task_goes_to_are_legal_and_listed(short_tmp: Path) -> None:
+    names = [f"hypervisor.fast.{level}" for level in ("high", "default", "low")]
+    with Site(short_tmp, UPQ_POOL_HYPERVISOR__QUEUES=" ".join(names)) as site:
+        listed = {one["queue"]: one for one in site.ask("queues")["queues"]}
+        for name in names:
+            one = listed[name]
+            assert (one["pool"], one["type"], one["queued"]) == ("hypervisor", "", 0)
+        site.do(f"sweep @queue:{names[0]}")
 
 
 def test_isa_08_a_domain_is_checked_by_a_paused_start_and_started(

@@ -88,6 +88,18 @@ def test_the_verbs_know_named_queues(url: str, folder: Path) -> None:
         daemon.wait(other)
 
 
+def test_queues_that_a_pool_calls_by_name_are_listed_before_they_have_jobs(folder: Path) -> None:
+    config = "[pool web]\nqueues = urgent usual.* plain\nconcurrent = 3\n[job plain]\n"
+    with Daemon(folder, config, plain=NOTE) as daemon:
+        rows = daemon.ask("queues")["queues"]
+        seen = [(q["queue"], q["type"], q["pool"], q["concurrent"], q["queued"]) for q in rows]
+        assert seen == [("plain", "plain", "web", 3, 0), ("urgent", "", "web", 3, 0)]
+        assert rows[0].keys() == rows[1].keys()
+        daemon.run("plain @queue:urgent")
+        rows = daemon.ask("queues")["queues"]
+        assert [q["type"] for q in rows if q["queue"] == "urgent"] == ["plain"]
+
+
 def test_what_names_no_queue_is_refused_before_the_ack(folder: Path) -> None:
     with Daemon(folder, STORAGE, hold=WAIT, note=NOTE) as daemon:
         assert daemon.say("note n:1") == (

@@ -467,7 +467,7 @@ class Dispatcher:
         counts = self._views.counts()
         lanes = sorted(self._queue.lanes.values(), key=lambda lane: (lane.queue, lane.type))
         ages_s = self._ages_s(counts)
-        return [
+        used = [
             {
                 "queue": lane.queue,
                 "type": lane.type,
@@ -481,6 +481,23 @@ class Dispatcher:
             }
             for lane in lanes
         ]
+        known = {lane.queue for lane in lanes}
+        unused = [
+            {
+                "queue": name,
+                "type": "",
+                "paused": False,
+                "reason": "",
+                **dict.fromkeys(STATES, 0),
+                "concurrent": pool.concurrent,
+                "threads": 0,
+                "pool": pool.name,
+                "oldest_queued_s": None,
+            }
+            for name, pool in sorted(self._types.rules.named().items())
+            if name not in known
+        ]
+        return used + unused
 
     def _ages_s(self, counts: dict[int, dict[str, int]]) -> dict[int, int]:
         """For each lane where jobs can be claimed, how long the next one has waited."""

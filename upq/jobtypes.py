@@ -444,6 +444,12 @@ class Rules:
         pool = self._find(lane.queue)[0]
         return pool.name if pool else ""
 
+    def named(self) -> dict[str, PoolSettings]:
+        """The queues that pools of this node call by their whole names, each with its pool."""
+        patterns = [one.text for pool in self._pools.values() for one in pool.queues]
+        found = {name: self._find(name)[0] for name in patterns if "*" not in name}
+        return {name: pool for name, pool in found.items() if pool}
+
     def plan(self, pool: str, lanes: Collection[Lane]) -> Plan:
         """In which order a pool draws from these of its lanes."""
         found = next((one for one in self._pools.values() if pool_key(one.name) == pool), None)
