@@ -118,6 +118,11 @@ def test_isa_02_a_user_is_told_of_the_own_tasks_and_of_no_others(site: Site) -> 
     done = {"task": "create_disk", "state": "done", "text": ""}
     assert site.feed("ann") == [{"job": ann, **done}]
     assert site.feed("bob") == [{"job": bob, **done}]
+    site.wait(site.submit("create_disk pool:fast disk:j.qcow2 size:1M user:jürgen"))
+    assert until(lambda: site.feed("jürgen"))
+    site.submit("create_disk pool:fast disk:x.qcow2 size:1M user:../ann")
+    (lost,) = until(lambda: site.ask("jobs type:feedback state:failed")["jobs"])
+    assert lost["message"].startswith("nobody is told: user '../ann': ")
     told = [job for job in site.ask("jobs type:feedback")["jobs"]]
     assert {job["queue"] for job in told} == {"core"}
 

@@ -18,9 +18,11 @@ def news(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def user_of(data: dict[str, Any]) -> str:
-    """ "" for a task that nobody has asked for."""
+    """ "" for a task that nobody has asked for. Raises ValueError for what is no part of a path."""
     name = str(data.get("params", data).get("user") or "")
-    return name if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._@-]*", name) else ""
+    if name and not re.fullmatch(r"\w[\w.@-]{0,59}", name):
+        raise ValueError(f"user {name!r}: letters, digits, . _ @ - and at most 60 of them")
+    return name
 
 
 def tell(folder: Path, user: str, line: dict[str, Any]) -> None:

@@ -6,11 +6,14 @@ from pathlib import Path
 
 from upq_jobs.feed import news, tell, user_of
 
-from upq import UpqJob
+from upq import Abort, UpqJob
 
 
 class Feedback(UpqJob):
     def run(self) -> None:
-        user = user_of(self.jobdata)
+        try:
+            user = user_of(self.jobdata)
+        except ValueError as error:
+            raise Abort(f"nobody is told: {error}") from None
         if user:
             tell(Path(self.getcfg("feeds")), user, news(self.jobdata))
