@@ -95,6 +95,8 @@ def test_queues_that_a_pool_calls_by_name_are_listed_before_they_have_jobs(folde
         seen = [(q["queue"], q["type"], q["pool"], q["concurrent"], q["queued"]) for q in rows]
         assert seen == [("plain", "plain", "web", 3, 0), ("urgent", "", "web", 3, 0)]
         assert rows[0].keys() == rows[1].keys()
+        told = daemon.say("pause urgent")
+        assert told == "ERR not_found no job has gone to queue urgent yet"
         daemon.run("plain @queue:urgent")
         rows = daemon.ask("queues")["queues"]
         assert [q["type"] for q in rows if q["queue"] == "urgent"] == ["plain"]

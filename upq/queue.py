@@ -663,7 +663,7 @@ class Queue:
     def pause(self, queue: str, paused: bool) -> None:
         """Stop or resume the claims of a queue; survives a restart."""
         if not any(one.queue == queue for one in self.lanes.values()):
-            raise NotFound(f"no queue {queue}")
+            raise NotFound(f"no job has gone to queue {queue} yet")
         self._act(lambda batch: batch.tx.run(st.PAUSE, name=queue, paused=int(paused)))
         self._know(one._replace(paused=paused) for one in self.lanes.values() if one.queue == queue)
 
