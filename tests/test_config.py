@@ -155,6 +155,9 @@ def test_every_setting_of_a_job_is_read(job: Callable[..., JobSettings], tmp_pat
         cpu_limit = 1m
         file_limit = 512K
         open_files = 64
+        memory_max = 256M
+        cpu_quota = 150%
+        tasks_max = 32
         priority = high
         submit = root, @root
         output_limit = 64K
@@ -189,6 +192,9 @@ def test_every_setting_of_a_job_is_read(job: Callable[..., JobSettings], tmp_pat
         cpu_limit_s=60,
         file_limit_bytes=512 << 10,
         open_files=64,
+        memory_max_bytes=256 << 20,
+        cpu_quota=1.5,
+        tasks_max=32,
         priority=10,
         submit=("root", "@root"),
         output_limit_bytes=65536,
@@ -787,6 +793,9 @@ FAULTS = [
     ("[job a]\ncommand = x\nnice = -5", 3, "nice: -5 is not between 0 and 19"),
     ("[job a]\ncommand = x\nionice = realtime", 3, "ionice: 'realtime' is not idle, best-effort"),
     ("[job a]\ncommand = x\nmemory_limit = 100K", 3, "memory_limit: '100K' can never be met"),
+    ("[job a]\ncommand = x\nmemory_max = 10K", 3, "memory_max: '10K' can never be met"),
+    ("[job a]\ncommand = x\ncpu_quota = 0.5%", 3, "cpu_quota: '0.5%' can never be met"),
+    ("[job a]\ncommand = x\ncpu_quota = 50", 3, "cpu_quota: '50' is not a share of one processor"),
     ("[job a]\ncommand = x\ncpu_limit = 1ms", 3, "cpu_limit: '1ms' can never be met"),
     ("[job a]\ncommand = x\nopen_files = 3", 3, "open_files: 3 is not between 8 and"),
     ("[job a]\ncommand = x\nprogress_fd = 2", 3, "progress_fd: 2 is not between 3 and 9"),

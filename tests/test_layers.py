@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 #: A file of upq/ imports only from floors below its own.
 FLOORS = (
-    "errors job when events clock log systemd interrupt pipes shim trees",
+    "errors job when events clock log systemd interrupt pipes shim trees cgroup",
     "access params wire gates rates spawn secret steps webhook whole",
     "protocol plugins notify schema client draws vault",
     "command health keeper migrations workflow",

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import unavailable
+from upq.cgroup import CPU, MEMORY, PIDS
 from upq.daemon import DAMAGED
 from upq.errors import ConfigError
 
@@ -96,6 +97,13 @@ def test_the_unit_gives_the_daemon_time_to_drain() -> None:
     assert int(unit["TimeoutStopSec"][0]) >= 20 + 5 + 2  # grace, TERM to KILL, flush
     assert unit["KillMode"] == ["mixed"]
     assert unit["RestartPreventExitStatus"] == [f"{DAMAGED} {ConfigError.exit_status}"]
+
+
+def test_the_unit_hands_over_what_limits_of_jobs_need() -> None:
+    unit = settings("upq.service")
+    assert set(unit["Delegate"][0].split()) == {CPU, MEMORY, PIDS}
+    # ProtectControlGroups leaves nothing to write to, not even that.
+    assert unit["ReadWritePaths"] == ["-/sys/fs/cgroup/system.slice/%n"]
 
 
 def test_unit_socket_and_configuration_name_the_same_paths() -> None:

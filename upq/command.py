@@ -13,6 +13,7 @@ from pathlib import PurePath
 from typing import IO, Any, cast
 
 from upq import params
+from upq.cgroup import Group, GroupLimits, Groups
 from upq.errors import Abort
 from upq.job import RESULT_LIMIT_BYTES
 from upq.log import one_line
@@ -41,7 +42,8 @@ class CommandJob(UpqJob):
 
     Success is an exit code out of `success_codes`; the result is `{"exit_code": n}`, negative for
     a signal. Standard output and errors go to the job's output. What a command that ended by
-    itself left running is left alone; a timeout and `cancel()` end all of it.
+    itself left running is left alone, unless it has a control group; a timeout and `cancel()` end
+    all of it.
     """
 
     words: tuple[str, ...] = ()
@@ -58,6 +60,8 @@ class CommandJob(UpqJob):
     cwd: str = ""
     stdin: str = ""
     limits: Limits = Limits()
+    group_limits: GroupLimits = GroupLimits()
+    groups: Groups | None = None
     progress_on: int = NOWHERE
     #: The last line of JSON in standard output is the result.
     json_result: bool = False
@@ -73,6 +77,9 @@ class CommandJob(UpqJob):
     _wake: int | None = None
     _wake_lock = threading.Lock()
     _tail: Tail | None = None
+    _group: Group | None = None
+    # The setting of its group of which it wanted more than there is.
+    _hit: str = ""
 
     def check(self) -> bool:
         """Raises BadParams when the parameters do not make a command."""
@@ -94,6 +101,7 @@ class CommandJob(UpqJob):
             if self.lifeline:
                 stack.enter_context(self.lifeline.guard(self.token))
             try:
+                self._group = self._enter_group(stack)
                 process, pipes = self._start(argv, stack)
             except (OSError, ValueError) as error:
                 self.msg(_start_fault(argv[0], error))
@@ -139,6 +147,13 @@ class CommandJob(UpqJob):
         }
         return {"PATH": os.defpath, **passed, **own}
 
+    def _enter_group(self, stack: contextlib.ExitStack) -> Group | None:
+        """The control group it is to run in, if it has limits of one: until the stack is closed."""
+        if self.groups is None or not self.group_limits.needs():
+            return None
+        name = f"{self.jobid}-{self.token:x}"
+        return stack.enter_context(self.groups.hold(name, self.group_limits))
+
     def _start(self, argv: list[str], stack: contextlib.ExitStack) -> tuple[Popen, Pipes]:
         """The process, and what is read of it until the stack is closed."""
         pipes: Pipes = {}
@@ -150,10 +165,14 @@ class CommandJob(UpqJob):
                 stack.callback(os.close, reports)
                 theirs.callback(os.close, give[self.progress_on])
                 pipes[reports] = self._reports(stack)
+            door = None
+            if self._group is not None:
+                door = theirs.enter_context(closing(self._group.door()))
             process = start(
                 argv,
                 self.limits,
                 give,
+                door,
                 stdin=theirs.enter_context(_as_file(params.filled(self.stdin, self.jobdata))),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE if reads_stdout else subprocess.STDOUT,
@@ -215,6 +234,9 @@ class CommandJob(UpqJob):
             if exit_ not in watch.ready:
                 self.ended_by = "cancel" if wake in watch.ready else "timeout"
                 self._end(pid, watch, exit_)
+            if self._group is not None:
+                self._hit = self._group.hit()
+                self._group.kill()
             if exit_ in watch.ready:
                 watch.until(lambda: watch.drained, _EOF_WAIT_S)
 
@@ -224,9 +246,20 @@ class CommandJob(UpqJob):
         The process is not reaped yet, so its number cannot have passed to another.
         """
         tree = Tree({self.token} - {0}, pid)
+        group = self._group
         for signum, wait_s in ((signal.SIGTERM, self.grace_s), (signal.SIGKILL, KILL_WAIT_S)):
-            tree.signal(signum)
-            if watch.until(lambda: exit_ in watch.ready and not tree.groups(), wait_s, TICK_S):
+            reached = tree.signal(signum)
+            if group is not None and signum == signal.SIGKILL:
+                group.kill()
+            elif group is not None:
+                group.signal(signum, spared=reached)
+            if watch.until(
+                lambda: (
+                    exit_ in watch.ready and not tree.groups() and (group is None or group.is_empty)
+                ),
+                wait_s,
+                TICK_S,
+            ):
                 return
 
     def _judge(self, program: str, code: int | None) -> bool:
@@ -259,12 +292,13 @@ class CommandJob(UpqJob):
 
     def _ending(self, code: int) -> str:
         if code >= 0:
-            return f"exited with {code}"
+            return f"exited with {code}" + (f" ({self._hit})" if self._hit else "")
         try:
             name = signal.Signals(-code).name
         except ValueError:
             return f"was killed by signal {-code}"
-        limit = {"SIGXCPU": "cpu_limit", "SIGXFSZ": "file_limit"}.get(name, "")
+        limits = {"SIGXCPU": "cpu_limit", "SIGXFSZ": "file_limit", "SIGKILL": self._hit}
+        limit = limits.get(name)
         return f"was killed by {name}" + (f" ({limit})" if limit else "")
 
     def _last_line(self) -> str:

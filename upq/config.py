@@ -64,6 +64,7 @@ from upq.kinds import (
     PATTERNS,
     PRINCIPALS,
     PRIORITY,
+    PROCESSORS,
     QUEUE,
     RATE,
     SIZE,
@@ -471,6 +472,18 @@ class JobSettings:
     open_files: int = setting(
         OPEN_FILES, "0", "Files that a process of a command may have open; 0: the daemon's limit."
     )
+    memory_max_bytes: int = setting(
+        at_least("1M"),
+        "0",
+        "Memory of a command and all that it has started together, in a control group; with more"
+        " all of it is killed; 0: no limit.",
+    )
+    cpu_quota: float = setting(
+        PROCESSORS, "0", "What they use of one processor, held to that: `50%`, `200%`; 0: no limit."
+    )
+    tasks_max: int = setting(
+        number(0, 10**6), "0", "Processes and threads that they may be; 0: no limit."
+    )
     priority: int = setting(PRIORITY, "default", "high (10), default (0), low (-10) or a number.")
     queue: str = setting(
         QUEUE,
@@ -667,6 +680,7 @@ LATER = {"": ("http", "autoscale"), "listen": ("tls", "tokens")}
 COMMAND_ONLY = {
     "stdin", "success_codes", "retry_codes", "abort_codes", "result", "progress", "progress_fd",
     "env", "cwd", "nice", "ionice", "memory_limit", "cpu_limit", "file_limit", "open_files",
+    "memory_max", "cpu_quota", "tasks_max",
 }  # fmt: skip
 
 #: What takes effect at a start only.

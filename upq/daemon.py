@@ -18,6 +18,7 @@ from typing import Any
 
 from upq import __version__, systemd, when
 from upq import log as logs
+from upq.cgroup import Groups
 from upq.claimer import Claimer
 from upq.clock import Clock
 from upq.command import CommandJob
@@ -80,6 +81,7 @@ class Daemon:
         self._load = load
         self._locks: list[int] = []
         self._lifeline = Lifeline()
+        self._groups = Groups(None)
         self._clock = Clock()
         self._doors: list[Door] = []
         self._reloading = threading.Lock()
@@ -99,6 +101,8 @@ class Daemon:
         began_s = time.monotonic()
         settings = self.settings
         self._take_locks()
+        # Before anything is started that would be left behind in it.
+        self._groups = Groups.take()
         self._open_store()
         self._build()
         self._rescue()
@@ -121,7 +125,7 @@ class Daemon:
             door.start()
         for kind in self._types.broken():
             log.error("[job %s] is broken: %s", kind.name, kind.fault)
-        for fault in faults_of(settings, self._types):
+        for fault in (*faults_of(settings, self._types), *self._types.loose()):
             log.warning("%s", fault)
         took_s = time.monotonic() - began_s
         doors = ", ".join(map(str, self._doors))
@@ -169,7 +173,7 @@ class Daemon:
     def _build(self) -> None:
         """Wire the parts; nothing runs yet."""
         settings = self.settings
-        self._types = JobTypes(settings, self._lifeline)
+        self._types = JobTypes(settings, self._lifeline, self._groups)
         self._code = code_of(settings.paths.jobs_dir)
         vault = self._queue.vault = Vault(settings.db.keys, lambda: self._types.secret)
         self._views = Views(self._database, self._hold, lambda: self._types.secret, vault)
@@ -226,6 +230,7 @@ class Daemon:
             end_orphans({one.token for one in orphans})
             log.info("Starting %d unfinished jobs found in DB.", len(orphans))
             self._queue.rescue(orphans, self._runner.crashed)
+        self._groups.sweep()
         self._queue.forget_nodes(dead)
         # What earlier ones were cancelling; soon, and nothing of it starts meanwhile.
         self._queue.tend_cancels(at_once=True)
@@ -370,6 +375,7 @@ class Daemon:
                 *settings.warnings,
                 *(f"[job {kind.name}] is broken: {kind.fault}" for kind in self._types.broken()),
                 *faults_of(settings, self._types),
+                *self._types.loose(),
                 *(
                     f"[{c['section']}] {c['setting']} needs a restart"
                     for c in later

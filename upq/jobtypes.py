@@ -17,6 +17,7 @@ from typing import Any
 from upq import health, spawn, when
 from upq.access import Principals
 from upq.attempt import refused
+from upq.cgroup import GroupLimits, Groups
 from upq.command import STDOUT, command_type
 from upq.config import JobSettings, Mail, PoolSettings, Settings, Webhook
 from upq.draws import Bounds, Level, Plan, Token
@@ -219,8 +220,10 @@ class JobType:
 class JobTypes:
     """All types by name, as they are configured now. Any thread may ask."""
 
-    def __init__(self, settings: Settings, lifeline: Lifeline | None = None) -> None:
-        self._lifeline = lifeline
+    def __init__(
+        self, settings: Settings, lifeline: Lifeline | None = None, groups: Groups | None = None
+    ) -> None:
+        self._lifeline, self._groups = lifeline, groups
         #: Names of params that are never shown, whatever the type: a chain hands them on. Names of
         #: types that a reload has removed stay among them.
         self.secret: frozenset[str] = frozenset((TARGET_URL,))
@@ -345,6 +348,18 @@ class JobTypes:
             rules=rules_of(cfg),
         )
 
+    def loose(self) -> list[str]:
+        """Which limits do not hold here, and why."""
+        groups = self._groups or Groups(None, why="no control groups are used")
+        lacking = {
+            kind.name: groups.lacking(group_limits(kind.cfg)) for kind in self.by_name.values()
+        }
+        return [
+            f"[job {name}] {', '.join(settings)} cannot be held: {groups.why}"
+            for name, settings in lacking.items()
+            if settings
+        ]
+
     def told_in_groups(self) -> list[health.Rules]:
         """Of all types that have any, and somebody to deliver what they ask for."""
         if self.by_name.get(NOTIFY) is None:
@@ -383,11 +398,17 @@ class JobTypes:
                 file_bytes=cfg.file_limit_bytes,
                 open_files=cfg.open_files,
             ),
+            group_limits=group_limits(cfg),
+            groups=self._groups,
             progress_on=STDOUT if cfg.progress == "stdout" else cfg.progress_fd,
             json_result=cfg.result == "json",
             timeout_s=cfg.timeout_s,
             lifeline=self._lifeline,
         )
+
+
+def group_limits(cfg: JobSettings) -> GroupLimits:
+    return GroupLimits(cfg.memory_max_bytes, cfg.cpu_quota, cfg.tasks_max)
 
 
 class Rules:

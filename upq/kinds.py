@@ -243,6 +243,17 @@ def _cpu_time(text: str) -> float:
     return seconds
 
 
+def _processors(text: str) -> float:
+    """`50%` of one processor, `200%` for two; 0 for no limit."""
+    if text == "0":
+        return 0.0
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]+)?%", text):
+        raise ValueError(f"{shown(text)} is not a share of one processor: 50%, or 200% for two")
+    if float(text[:-1]) < 1:
+        raise ValueError(f"{shown(text)} can never be met: less than 1%")
+    return float(text[:-1]) / 100
+
+
 def _node_name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", text):
         raise ValueError(f"{shown(text)} is not a name of letters, digits, '.', '_' and '-'")
@@ -427,6 +438,7 @@ IO_CLASS = Kind("idle | best-effort:0-7", _io_class, "")
 DESCRIPTOR = none_or(3, 9)
 OPEN_FILES = none_or(8, 10**6)
 CPU_TIME = Kind("duration", _cpu_time, 0.0, "s")
+PROCESSORS = Kind("percent", _processors, 0.0)
 CONCURRENT = number(
     1, 10000, "at least 1: every job goes through its queue; `upq-cli --wait` waits for its end"
 )

@@ -5,7 +5,7 @@ little else as it can, because every start of such a command pays for it (7 ms).
 fork and exec (preexec_fn) would deadlock in a daemon with threads, and limits set from outside
 would come after the first children of the command.
 
-    shim.py error=11 fd=12:3 nice=5 memory=1073741824 -- program argument ...
+    shim.py error=11 group=13 fd=12:3 nice=5 memory=1073741824 -- program argument ...
 
 What goes wrong is told on descriptor `error` as `errno text`; it closes when the program runs.
 """
@@ -41,6 +41,9 @@ def limit(name: str, soft: int) -> None:
 def take(name: str, value: str) -> None:
     if name == "nice":
         os.setpriority(os.PRIO_PROCESS, 0, max(int(value), os.nice(0)))
+    elif name == "group":
+        os.write(int(value), b"0")
+        os.close(int(value))
     elif name == "fd":
         here, _, there = value.partition(":")
         os.dup2(int(here), int(there))

@@ -58,14 +58,23 @@ class Limits:
 
 
 def start(
-    words: list[str], limits: Limits, give: Mapping[int, int], **how: Any
+    words: list[str],
+    limits: Limits,
+    give: Mapping[int, int],
+    group: int | None = None,
+    **how: Any,
 ) -> subprocess.Popen[bytes]:
     """Start a program in a session of its own, under limits; it has become it at the return.
 
-    give: by the number it sees (3 to 9), descriptors of ours. Raises OSError as Popen does; for a
-    limit that cannot be set it names that in place of a file.
+    give: by the number it sees (3 to 9), descriptors of ours. group: `Group.door` of the control
+    group it runs in. Raises OSError as Popen does; for a limit that cannot be set it names that in
+    place of a file.
     """
     facts = limits.facts() + [f"fd={here}:{there}" for there, here in give.items()]
+    more = [*give.values()]
+    if group is not None:
+        facts.insert(0, f"group={group}")
+        more.append(group)
     io_words = limits.io_words()
     if not facts and not io_words:
         process = subprocess.Popen(words, start_new_session=True, **how)
@@ -77,7 +86,7 @@ def start(
             process = subprocess.Popen(
                 [*io_words, sys.executable, "-I", "-S", _SHIM, f"error={error_w}", *facts, "--",
                  *words],
-                pass_fds=(error_w, *give.values()),
+                pass_fds=(error_w, *more),
                 start_new_session=True,
                 **how,
             )  # fmt: skip
