@@ -7,9 +7,11 @@ CORE    = $(VENV)/core.stamp
 DEV     = $(VENV)/dev.stamp
 #: What else to tell the program: make test ARGS="-k client", make run ARGS=--check
 ARGS   ?=
+#: Where `make vm` keeps its image, which it builds there when there is none (1 GB, as root).
+UPQ_VM_DIR ?= /var/tmp/upq-vm
 
 .DEFAULT_GOAL = help
-.PHONY: help demo run test check format lint types layers bench chaos need pins clean
+.PHONY: help demo run test check format lint types layers bench chaos vm need pins clean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
@@ -43,6 +45,9 @@ bench: $(DEV) need ## figures of speed and cost
 
 chaos: $(DEV) need ## kill -9 at random, full size
 	$(PY) -m tests.chaos $(ARGS)
+
+vm: $(DEV) ## install and try upq in a virtual machine, under a real systemd
+	@UPQ_VM_DIR=$(UPQ_VM_DIR) $(PY) -m pytest -p no:xdist tests/vm $(ARGS)
 
 pins: ## renew requirements/*.txt with what resolves today
 	tools/pins.sh $(PYTHON)
