@@ -170,10 +170,12 @@ class Demo:
 
     def until(self, holds: Callable[[dict[str, int]], bool]) -> None:
         """Wait until that holds for the counts of jobs by state; if never, the ledger tells."""
-        began_s = time.monotonic()
-        while not holds(self.ask("status")["jobs"]):
-            if time.monotonic() - began_s > PATIENCE_S:
-                self.show("(this takes too long)")
+        moved_s, before = time.monotonic(), {}
+        while not holds(jobs := self.ask("status")["jobs"]):
+            if jobs != before:
+                moved_s, before = time.monotonic(), jobs
+            if time.monotonic() - moved_s > PATIENCE_S:
+                self.show("(nothing has moved for too long)")
                 return
             time.sleep(0.01)
 
