@@ -420,7 +420,7 @@ def test_the_command_line_cancels_a_batch_with_a_line_that_is_refused(daemon: Da
     done = cli(daemon, "--then", "report", "-", stdin=lines)
     assert done.returncode == 1
     assert (
-        "ERR unknown_command job 1 of 1: no job type nonsense (after 250 members; batch"
+        "ERR unknown_command job 1 of 1: no job type nonsense (did you mean nodes?) (after 250"
         in done.stderr
     )
     id = int(done.stderr.split("batch ")[1].split()[0])

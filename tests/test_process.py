@@ -181,7 +181,7 @@ def test_the_class_sees_the_same_api(one: Daemon) -> None:
         ("memory", "queued", "retry 1 of 1", "MemoryError"),
         ("false", "queued", "retry 1 of 1", "no such"),
         ("retry", "queued", "retry 1 of 1", "again"),
-        ("refused", "queued", "retry 1 of 1", "jobs/ways.py:34: unknown_command no job type"),
+        ("refused", "queued", "retry 1 of 1", "jobs/ways.py:36: unknown_command no job type"),
         ("abort", "failed", "aborted", "for good"),
         ("unfit", "failed", "", "the result is no JSON"),
     ],
