@@ -44,6 +44,11 @@ class Store:
         self.queue.open()
         self.views = Views(self.database, lambda lane: "", frozenset)
 
+    @property
+    def settles(self) -> list[str]:
+        """The statements that end a transaction."""
+        return [*(["TAKE_NUMBERS"] if self.queue.shared else []), "INSERT_EVENTS"]
+
     def beside(self) -> Store:
         """Another daemon on the same database; a second queue where only one is served."""
         url = self.database.url.render_as_string(hide_password=False)

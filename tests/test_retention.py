@@ -256,3 +256,18 @@ def test_nobody_waits_for_a_job_that_is_deleted_at_that_moment(
             store.queue.finish(job, Outcome(DONE))
     store.flush()
     assert waits == "child" or store.row(new[-1].id).state == QUEUED
+
+
+def test_numbers_of_events_are_not_given_twice(url: str) -> None:
+    """Not even when the latest are purged, and the daemon is killed."""
+    latest = 0
+    for _ in range(3):
+        store = Store(url)
+        id = store.submit()
+        numbers = [change["n"] for change in store.views.history(id)]
+        assert min(numbers) > latest
+        store.queue.finish(store.claim_one(), Outcome(DONE))
+        store.flush()
+        latest = max(change["n"] for change in store.views.history(id))
+        assert store.queue.purge(DONE, when.now() + 1) == 1
+        store.crash()

@@ -188,6 +188,9 @@ class Home(Protocol):
     def take_ids(self, k: int) -> int | None:
         """The first of k job ids that are reserved; None when so many are not."""
 
+    def number_events(self, batch: Batch, k: int) -> int:
+        """The first of k new numbers of events, above those of all commits before."""
+
     def row(self, new: NewJob, id: int, now: int) -> list[Any]:
         """A job as it is inserted; its lane has to be there already."""
 
@@ -297,7 +300,7 @@ class Batch:
         """
         self._change_tally()
         if self.events:
-            self._first = self.numbers("event", len(self.events))
+            self._first = self._home.number_events(self, len(self.events))
             self.tx.run_rows(
                 st.INSERT_EVENTS,
                 [

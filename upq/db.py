@@ -69,6 +69,8 @@ class Database:
         self.durable = durable
         self.kind = self.url.get_backend_name().replace("mariadb", "mysql")
         self._lock_fd: int | None = None
+        #: On SQLite, the number of the latest event, once it is known; for whoever writes.
+        self.last_event: int | None = None
         try:
             self._engine = self._make(self.url, pool_size=1, idle_s=IDLE_S, by_key=True)
             self.readers = self._make(self.url, pool_size=4, idle_s=IDLE_S, readonly=True)

@@ -347,6 +347,20 @@ class Queue:
             self._next_id += k
             return self._next_id - k
 
+    def number_events(self, batch: Batch, k: int) -> int:
+        """The first of k new numbers of events.
+
+        Where daemons share a database it keeps the count. SQLite has one writer, which does, and
+        saves a page of each commit.
+        """
+        if self.shared:
+            return batch.numbers("event", k)
+        last = self.database.last_event
+        if last is None:
+            last = int(batch.tx.fetch(st.LAST_EVENT)[0][0])
+        self.database.last_event = last + k
+        return last + 1
+
     def reserve_ids(self, k: int) -> int:
         """The first of k job ids in a row."""
         first = self.take_ids(k)
@@ -882,6 +896,8 @@ class Queue:
             old = unneeded(batch, state, sorted(ids)) if ids else []
             ids = sorted((row[0],) for row in old)
             if ids:
+                if not self.shared:
+                    batch.tx.run(st.KEEP_LAST_EVENT)
                 for sql in (
                     st.DELETE_EVENTS,
                     st.DELETE_OUTPUTS,

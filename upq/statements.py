@@ -619,6 +619,18 @@ RUNNING_OF = Sql(
 )
 
 FIND_COUNTER = Sql(sa.select(counter.c.n).where(counter.c.name == word("name")))
+_newest = sa.select(sa.func.max(event.c.n)).scalar_subquery()
+#: On SQLite the counter of events is behind; it only remembers what is deleted.
+LAST_EVENT = Sql(
+    sa.select(sa.func.max(counter.c.n, sa.func.coalesce(_newest, 0))).where(
+        counter.c.name == "event"
+    )
+)
+KEEP_LAST_EVENT = Sql(
+    sa.update(counter)
+    .values(n=sa.func.max(counter.c.n, sa.func.coalesce(_newest, 0)))
+    .where(counter.c.name == "event")
+)
 ADD_COUNTER = Sql(sa.insert(counter).values(name=word("name"), n=0))
 GIVE_BACK_IDS = Sql(
     sa.update(counter)
