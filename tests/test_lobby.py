@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tests.daemons import Daemon, Talk, until
 from upq.access import peer_of
 from upq.config import Listen
 from upq.lobby import Lobby
+from upq.wire import Ack
 
 JOBS = {
     "quick": "def run(self):\n    return True",
@@ -82,6 +84,8 @@ def test_without_threads_a_client_is_told_so_and_its_place_is_free_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Desk:
+        is_idle = False
+
         def is_quick(self, request: object) -> bool:
             return False
 
@@ -188,3 +192,44 @@ def test_many_at_once_share_commits(daemon: Daemon) -> None:
         client.join(60)
     assert daemon.ask("status")["jobs"]["blocked"] == 1600  # the queue is paused
     assert daemon.ask("status")["counters"]["commits"] - before < 1200
+
+
+@pytest.mark.parametrize("idle", [True, False])
+def test_one_that_asks_again_at_once_is_expected_when_no_job_runs(
+    idle: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Desk:
+        is_idle = idle
+
+        def is_quick(self, request: object) -> bool:
+            return True
+
+        def submit_all(self, asked: Sequence[object]) -> list[Ack]:
+            return [Ack(17, "") for _ in asked]
+
+        def count(self, acks: int, errs: int) -> None:
+            pass
+
+    monkeypatch.setattr("upq.lobby.SPIN_S", 0.5)
+    lobby = Lobby(Desk())  # type: ignore[arg-type]
+    slept: list[float] = []
+
+    class Poll:
+        def __init__(self, epoll: select.epoll) -> None:
+            self.register, self.unregister = epoll.register, epoll.unregister
+            self._poll = epoll.poll
+
+        def poll(self, seconds: float) -> list[tuple[int, int]]:
+            if seconds:
+                slept.append(seconds)
+            return self._poll(seconds)
+
+    lobby._epoll = Poll(lobby._epoll)  # type: ignore[assignment]
+    ours, theirs = socket.socketpair()
+    with ours:
+        lobby.admit(theirs, peer_of(theirs), Listen(), lambda: None)
+        lobby.start()
+        for _ in range(50):
+            ours.sendall(b"quick\n")
+            assert ours.recv(100) == b"ACK 17\n"
+        assert (len(slept) < 25) == idle

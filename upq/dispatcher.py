@@ -150,6 +150,11 @@ class Dispatcher:
         kind = self._types.by_name.get(request.verb)
         return kind is None or kind.cls is None or (kind.cls.queued and not kind.checks)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no job runs here, that would want Python's lock."""
+        return not self._queue.holds_claims
+
     def submit_all(self, asked: Sequence[tuple[Request, Peer]]) -> list[Ack | RequestError]:
         """Queue jobs, each for itself; returns in their order when they are safe on disk."""
         answers: list[Ack | RequestError] = []

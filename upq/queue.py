@@ -252,6 +252,11 @@ class Queue:
         """Whether other daemons may work on the same database."""
         return self.database.kind != "sqlite"
 
+    @property
+    def holds_claims(self) -> bool:
+        """Whether there are claims of this daemon whose ends are not committed."""
+        return bool(self._held)
+
     def apply(self, tx: Tx, changes: Sequence[Any]) -> Batch:
         """What the writer calls, inside its transaction."""
         batch = Batch(tx, when.now(), self)
