@@ -187,7 +187,7 @@ class Platform(Daemon):
 
     def child(self, id: int, type: str) -> dict[str, Any]:
         """The only one of that type, once it is there."""
-        until(lambda: self.children(id, type))
+        until(lambda: self.children(id, type), timeout_s=PATIENCE_S)
         (job,) = self.children(id, type)
         return job
 

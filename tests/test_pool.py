@@ -238,7 +238,7 @@ def test_short_jobs_are_left_to_few_threads(work: Work) -> None:
         give(pool, *[claimed() for _ in range(50)])
         until(lambda n=n: len(work.ended) == 50 * (n + 1))  # type: ignore[misc]
     used = [len(threads) for threads in by_round[30:]]  # by now they are known to be short
-    assert sum(used) / len(used) <= 2.5
+    assert sum(used) / len(used) < 3.5
 
 
 def test_behind_one_that_is_long_short_jobs_do_not_wait(work: Work) -> None:

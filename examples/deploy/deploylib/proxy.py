@@ -27,7 +27,8 @@ server {{
 }}
 """
 STEPS = ["try", "write", "check", "reload", "see"]
-PATIENCE_S = 10.0
+#: Seconds until a site that was just started has to answer: on a busy machine Django takes many.
+PATIENCE_S = 30.0
 SERVER_ERROR = 500
 
 
