@@ -7,6 +7,7 @@ will have ended within LOOK_AHEAD_S: those are what makes batches.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import Counter, deque
@@ -98,9 +99,8 @@ class Pool:
                 self._suspects = any(job.crashes for job in jobs)
             self._claimed.extend((job, now) for job in jobs)
             wanted = min(len(self._claimed), self.concurrent - self._running)
-            if self._usual_s <= SHORT_S:
-                # And one that sees to what they have not started in time.
-                wanted = min(wanted, int(len(self._claimed) * self._usual_s / SOON_S) + 2)
+            # And one that sees to what they have not started in time.
+            wanted = min(wanted, self._needed() + 1)
             self._changed.notify(min(wanted, self._idle))
             for _ in range(wanted - self._idle):
                 self._start_thread()
@@ -270,7 +270,7 @@ class Pool:
                     break
                 if self._claimed and has_place:
                     late = time.monotonic() - self._claimed[0][1] >= SOON_S
-                    if not late and self._are_enough():
+                    if not late and self._running >= self._needed():
                         self._idle += 1
                         self._changed.wait(SOON_S / 2)
                         self._idle -= 1
@@ -295,10 +295,11 @@ class Pool:
             self._threads -= 1
             return None
 
-    def _are_enough(self) -> bool:
-        """Whether those that run will soon have started all that is claimed, by the latest jobs."""
-        work_s = len(self._claimed) * self._usual_s
-        return self._usual_s <= SHORT_S and 0 < work_s <= self._running * SOON_S
+    def _needed(self) -> int:
+        """How many threads will soon have started all that is claimed, by the latest jobs."""
+        if self._usual_s > SHORT_S:
+            return self.concurrent
+        return max(math.ceil(len(self._claimed) * self._usual_s / SOON_S), 1)
 
 
 class SharedPool(Pool):
