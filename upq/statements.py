@@ -183,6 +183,15 @@ def over_ids(dialect: str) -> Any:
     return rows(dialect, id=int)
 
 
+def of_jobs(*columns: Any) -> Callable[[str], ClauseElement]:
+    """Their ids and these columns."""
+
+    def build(dialect: str) -> ClauseElement:
+        return sa.select(job.c.id, *columns).where(job.c.id == over_ids(dialect).c.id)
+
+    return build
+
+
 def by_key(column: sa.Column[Any]) -> Callable[[str], ClauseElement]:
     def build(dialect: str) -> ClauseElement:
         r = rows(dialect, k=str)
@@ -245,13 +254,6 @@ def lower_waits(dialect: str) -> ClauseElement:
     return sa.update(job).values({job.c.waits: job.c.waits - r.c.n}).where(job.c.id == r.c.id)
 
 
-def waits_of(dialect: str) -> ClauseElement:
-    r = over_ids(dialect)
-    return sa.select(
-        job.c.id, job.c.lane, job.c.run_at, job.c.attempt, job.c.waits, job.c.state, job.c.options
-    ).where(job.c.id == r.c.id)  # fmt: skip
-
-
 def free_jobs(dialect: str) -> ClauseElement:
     r = rows(dialect, id=int, ready=int, due_at=int, run_at=int)
     return (
@@ -272,16 +274,6 @@ def free_jobs(dialect: str) -> ClauseElement:
 def needs_of(dialect: str) -> ClauseElement:
     r = over_ids(dialect)
     return sa.select(edge.c.job, edge.c.needs).where(edge.c.job == r.c.id)
-
-
-def results_of(dialect: str) -> ClauseElement:
-    r = over_ids(dialect)
-    return sa.select(job.c.id, job.c.result).where(job.c.id == r.c.id)
-
-
-def data_of(dialect: str) -> ClauseElement:
-    r = over_ids(dialect)
-    return sa.select(job.c.id, sa.func.coalesce(job.c.data, job.c.params)).where(job.c.id == r.c.id)
 
 
 def set_data(dialect: str) -> ClauseElement:
@@ -385,11 +377,14 @@ def awaited_by(dialect: str) -> ClauseElement:
 AWAITED_BY = Sql(awaited_by)
 DEPENDENTS_OF = Sql(dependents_of, each=True)
 LOWER_WAITS = Sql(lower_waits, each=True)
-WAITS_OF = Sql(waits_of, each=True)
+WAITS_OF = Sql(
+    of_jobs(job.c.lane, job.c.run_at, job.c.attempt, job.c.waits, job.c.state, job.c.options),
+    each=True,
+)
 FREE_JOBS = Sql(free_jobs, each=True)
 BLOCK_JOBS = Sql(block_jobs, each=True)
-RESULTS_OF = Sql(results_of, each=True)
-DATA_OF = Sql(data_of, each=True)
+RESULTS_OF = Sql(of_jobs(job.c.result), each=True)
+DATA_OF = Sql(of_jobs(sa.func.coalesce(job.c.data, job.c.params)), each=True)
 SET_DATA = Sql(set_data, each=True)
 MAKE_READY = Sql(make_ready, each=True)
 REQUEUE_JOBS = Sql(requeue_jobs)
@@ -507,18 +502,8 @@ SET_CANCEL = Sql(
 DROP_CANCEL = Sql(sa.delete(cancel).where(cancel.c.id == big("id")))
 
 
-def parents_of(dialect: str) -> ClauseElement:
-    r = over_ids(dialect)
-    return sa.select(job.c.id, job.c.parent).where(job.c.id == r.c.id)
-
-
-def roots_of(dialect: str) -> ClauseElement:
-    r = over_ids(dialect)
-    return sa.select(job.c.id, job.c.root).where(job.c.id == r.c.id)
-
-
-PARENTS_OF = Sql(parents_of)
-ROOTS_OF = Sql(roots_of)
+PARENTS_OF = Sql(of_jobs(job.c.parent))
+ROOTS_OF = Sql(of_jobs(job.c.root))
 #: The state that a claim's own end has left.
 OWN_END = Sql(sa.select(job.c.state).where(job.c.id == big("id"), job.c.token == -big("token")))
 COUNT_CRASH = Sql(sa.update(job).values(crashes=job.c.crashes + 1).where(job.c.id == big("id")))
@@ -619,18 +604,12 @@ RUNNING_OF = Sql(
 )
 
 FIND_COUNTER = Sql(sa.select(counter.c.n).where(counter.c.name == word("name")))
-_newest = sa.select(sa.func.max(event.c.n)).scalar_subquery()
 #: On SQLite the counter of events is behind; it only remembers what is deleted.
-LAST_EVENT = Sql(
-    sa.select(sa.func.max(counter.c.n, sa.func.coalesce(_newest, 0))).where(
-        counter.c.name == "event"
-    )
+_last_event = sa.func.max(
+    counter.c.n, sa.func.coalesce(sa.select(sa.func.max(event.c.n)).scalar_subquery(), 0)
 )
-KEEP_LAST_EVENT = Sql(
-    sa.update(counter)
-    .values(n=sa.func.max(counter.c.n, sa.func.coalesce(_newest, 0)))
-    .where(counter.c.name == "event")
-)
+LAST_EVENT = Sql(sa.select(_last_event).where(counter.c.name == "event"))
+KEEP_LAST_EVENT = Sql(sa.update(counter).values(n=_last_event).where(counter.c.name == "event"))
 ADD_COUNTER = Sql(sa.insert(counter).values(name=word("name"), n=0))
 GIVE_BACK_IDS = Sql(
     sa.update(counter)
@@ -747,13 +726,6 @@ def lines(dialect: str) -> ClauseElement:
     )
 
 
-def heads(dialect: str) -> ClauseElement:
-    r = over_ids(dialect)
-    return sa.select(
-        job.c.id, job.c.serial_key, job.c.lane, job.c.state, job.c.run_at, job.c.attempt
-    ).where(job.c.id == r.c.id)
-
-
 def who_waits(dialect: str) -> ClauseElement:
     """Who waits for these unfinished jobs: by `@after`, as their parent, or behind them in a line.
 
@@ -841,7 +813,7 @@ END_WAITING = Sql(
 )
 LOCK_LIMITS = Sql(lock_limits)
 LINES = Sql(lines)
-HEADS = Sql(heads)
+HEADS = Sql(of_jobs(job.c.serial_key, job.c.lane, job.c.state, job.c.run_at, job.c.attempt))
 GIVE_TURNS = Sql(give_turns)
 SET_LIMITS = Sql(set_limits)
 DROP_LIMITS = Sql(drop_limits)
@@ -911,11 +883,6 @@ def keep_members(dialect: str) -> ClauseElement:
     return sa.insert(step).from_select(columns, chosen, include_defaults=False)
 
 
-def options_of(dialect: str) -> ClauseElement:
-    r = over_ids(dialect)
-    return sa.select(job.c.id, job.c.options).where(job.c.id == r.c.id)
-
-
 def untold(dialect: str) -> ClauseElement:
     """Of these jobs, those that can start and whose data are their params still."""
     r = over_ids(dialect)
@@ -949,7 +916,7 @@ FILL = Sql(
     .values(waits=job.c.waits + big("more"), options=word("text"), reason=word("why"))
     .where(job.c.id == big("batch"))
 )
-OPTIONS_OF = Sql(options_of)
+OPTIONS_OF = Sql(of_jobs(job.c.options))
 UNTOLD = Sql(untold)
 
 
@@ -987,11 +954,6 @@ def lock_ended(dialect: str) -> ClauseElement:
     return chosen.where(job.c.id == r.c.id).with_for_update(skip_locked=True, of=job)
 
 
-def plain_states_of(dialect: str) -> ClauseElement:
-    r = over_ids(dialect)
-    return sa.select(job.c.id, job.c.state).where(job.c.id == r.c.id)
-
-
 def awaited_of(dialect: str) -> ClauseElement:
     r = over_ids(dialect)
     return sa.select(edge.c.needs).where(edge.c.needs == r.c.id)
@@ -999,7 +961,7 @@ def awaited_of(dialect: str) -> ClauseElement:
 
 ENDED_LATER = Sql(ended_later)
 LOCK_ENDED = Sql(lock_ended)
-PLAIN_STATES_OF = Sql(plain_states_of)
+PLAIN_STATES_OF = Sql(of_jobs(job.c.state))
 AWAITED_OF = Sql(awaited_of)
 
 # Schedules. The row of a schedule at 0 is its head.
