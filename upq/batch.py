@@ -488,7 +488,7 @@ class Batch:
         """Keep the jobs that have keys of these submits, since somebody is to wait for them, until
         the commit; what was deleted before is not known any more.
         """
-        if self.tx.dialect.name == "sqlite":  # which has one writer
+        if not self._home.shared:
             return known
         ids = {known[key][0] for one in submits for key in one.keys if key in known}
         gone = ids - self.lock_states(ids).keys()

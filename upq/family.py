@@ -154,11 +154,18 @@ class Family:
             looked += len(ids) + LEVEL_COSTS
         return n, left
 
+    def steps(self) -> dict[int, int]:
+        """When the latest step was made of each cancel that is not through."""
+        return {id: at for id, at, _ in self._rows()}
+
     def under_way(self) -> dict[int, Goal]:
         """The cancels that are not through."""
-        found = {id: Goal(*json.loads(goal)) for id, _, goal in self._tx.fetch(st.CANCELS)}
-        self.cancelling = bool(found)
-        return found
+        return {id: Goal(*json.loads(goal)) for id, _, goal in self._rows()}
+
+    def _rows(self) -> list[Any]:
+        rows = self._tx.fetch(st.CANCELS)
+        self.cancelling = bool(rows)
+        return rows
 
     def cancels_of(self, ids: Collection[int]) -> list[int]:
         """The cancels that are not through in the trees of these jobs."""

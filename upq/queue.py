@@ -589,13 +589,7 @@ class Queue:
         """Have cancels gone on with that have come to a stand: nothing has been done for them since
         the last call. At once: all there are.
         """
-
-        def look(batch: Batch) -> dict[int, int]:
-            found = {id: at for id, at, _ in batch.tx.fetch(st.CANCELS)}
-            batch.family.cancelling = bool(found)
-            return found
-
-        before, self._cancels = self._cancels, self._act(look)
+        before, self._cancels = self._cancels, self._act(lambda batch: batch.family.steps())
         # Who waits for one has heard of its end long ago.
         for id in set(self._caught) - before.keys() - self._cancels.keys():
             del self._caught[id]
