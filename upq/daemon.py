@@ -125,7 +125,7 @@ class Daemon:
             door.start()
         for kind in self._types.broken():
             log.error("[job %s] is broken: %s", kind.name, kind.fault)
-        for fault in (*faults_of(settings, self._types), *self._types.loose()):
+        for fault in self._faults(settings):
             log.warning("%s", fault)
         took_s = time.monotonic() - began_s
         doors = ", ".join(map(str, self._doors))
@@ -258,6 +258,10 @@ class Daemon:
 
     # The daemon's own threads
 
+    def _faults(self, settings: Settings) -> list[str]:
+        """What a configuration asks for that cannot be had, though it is right."""
+        return [*faults_of(settings, self._types), *self._types.loose()]
+
     def _start_role(self, name: str, run: Callable[[], None]) -> None:
         threading.Thread(target=self._guard, args=(name, run), name=name, daemon=True).start()
 
@@ -374,8 +378,7 @@ class Daemon:
             warnings = [
                 *settings.warnings,
                 *(f"[job {kind.name}] is broken: {kind.fault}" for kind in self._types.broken()),
-                *faults_of(settings, self._types),
-                *self._types.loose(),
+                *self._faults(settings),
                 *(
                     f"[{c['section']}] {c['setting']} needs a restart"
                     for c in later

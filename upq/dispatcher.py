@@ -79,6 +79,11 @@ MANY_SHOWN = 100
 AWAITED_SHOWN = 8
 #: Seconds that the length of the queues is remembered for `max_queue`.
 LENGTH_AGE_S = 0.2
+#: What `queues` has of a queue that no job has gone to.
+NEVER_USED: dict[str, Any] = {
+    "queue": "", "type": "", "paused": False, "reason": "", **dict.fromkeys(STATES, 0),
+    "concurrent": 0, "threads": 0, "pool": "", "oldest_queued_s": None,
+}  # fmt: skip
 
 Alive = Callable[[], bool]
 
@@ -474,11 +479,12 @@ class Dispatcher:
         ages_s = self._ages_s(counts)
         used = [
             {
+                **NEVER_USED,
                 "queue": lane.queue,
                 "type": lane.type,
                 "paused": lane.paused,
                 "reason": self._claimer.reason(lane),
-                **{state: counts.get(lane.id, {}).get(state, 0) for state in STATES},
+                **counts.get(lane.id, {}),
                 "concurrent": pool.concurrent if (pool := self._claimer.pool_of(lane)) else 0,
                 "threads": pool.sizes()["threads"] if pool else 0,
                 "pool": self._types.rules.pool_name(lane),
@@ -489,15 +495,10 @@ class Dispatcher:
         known = {lane.queue for lane in lanes}
         unused = [
             {
+                **NEVER_USED,
                 "queue": name,
-                "type": "",
-                "paused": False,
-                "reason": "",
-                **dict.fromkeys(STATES, 0),
                 "concurrent": pool.concurrent,
-                "threads": 0,
                 "pool": pool.name,
-                "oldest_queued_s": None,
             }
             for name, pool in sorted(self._types.rules.named().items())
             if name not in known
