@@ -434,18 +434,17 @@ def test_a_place_that_a_parent_given_up_does_not_take_is_the_next_ones(work: Wor
     until(lambda: pool.sizes()["running"] == 0)
 
 
-def test_a_parent_that_is_to_end_does_not_wait_for_its_place(
-    work: Work, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "LOOK_S", 0.01)
-    pool, ends = work.pool(1), threading.Event()
+def returning(
+    work: Work, pool: Pool, at_once: Callable[[], bool] = lambda: False
+) -> tuple[Job, Job]:
+    """A parent that wants its place again, the only one, and the job that has it."""
     parent, other = claimed(), claimed()
 
     def act(job: Job) -> None:
         if job is parent:
             pool.park(job.token)
             work.gate(parent.id).wait(10)
-            pool.unpark(job.token, ends.is_set)
+            pool.unpark(job.token, at_once)
         else:
             work.gate(job.id).wait(10)
 
@@ -456,6 +455,15 @@ def test_a_parent_that_is_to_end_does_not_wait_for_its_place(
     until(lambda: len(work.started) == 2)
     work.let_go(parent)
     until(lambda: pool._resuming == 1)
+    return parent, other
+
+
+def test_a_parent_that_is_to_end_does_not_wait_for_its_place(
+    work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LOOK_S", 0.01)
+    pool, ends = work.pool(1), threading.Event()
+    parent, other = returning(work, pool, ends.is_set)
     ends.set()
     until(lambda: work.ended == [parent.id])
     work.let_go(other)
@@ -513,23 +521,7 @@ def test_a_parent_waits_for_a_place_of_its_type_without_a_look(
 
 def test_a_parent_goes_on_when_the_pool_is_closed(work: Work) -> None:
     pool = work.pool(1)
-    parent, other = claimed(), claimed()
-
-    def act(job: Job) -> None:
-        if job is parent:
-            pool.park(job.token)
-            work.gate(parent.id).wait(10)
-            pool.unpark(job.token)
-        else:
-            work.gate(job.id).wait(10)
-
-    work.act = act
-    give(pool, parent)
-    until(lambda: work.started == [parent.id] and pool.sizes()["running"] == 0)
-    give(pool, other)
-    until(lambda: len(work.started) == 2)
-    work.let_go(parent)
-    until(lambda: pool._resuming == 1)
+    parent, other = returning(work, pool)
     pool.close()
     until(lambda: work.ended == [parent.id])
     work.let_go(other)
