@@ -341,9 +341,9 @@ class Lobby:
             with self._lock:
                 if shift != self._shift:
                     return
-                self.ticked_s = time.monotonic()
                 hand = [self._here[fd] for fd, _ in found if fd in self._here]
                 self._in_hand, self._since_s = hand, time.monotonic()
+                self.ticked_s = self._since_s
             try:
                 self._serve(hand)
                 if time.monotonic() >= self._sweep_s:

@@ -96,7 +96,7 @@ class Sql:
         after = [given[name] for name in names[at + 1 :]]
         found = []
         for done in range(0, len(values), SIZES[-1]):
-            part = values[done : done + SIZES[-1]] if len(values) > SIZES[-1] else values
+            part = values[done : done + SIZES[-1]]
             n = SIZES[bisect_left(SIZES, len(part))]
             text = self._over.get(n) or self._make(dialect, n)
             none = (None,) * ((n - len(part)) * len(part[0]))
