@@ -231,6 +231,20 @@ def test_djz_12_a_database_is_made_once(world: World, site: Site) -> None:
     assert world.postgres.execute(named) == [(1,)]
 
 
+def test_djz_12_what_a_killed_task_left_in_the_server_does_not_harm_the_next(world: World) -> None:
+    daemon = world.daemon
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+    with psycopg.connect(world.postgres.conninfo) as other:
+        other.execute("CREATE ROLE dz_twin")  # not committed: create_database has to wait for it
+        id = daemon.submit("create_database app:twin")
+        until(lambda: world.postgres.execute(waiting) == [(1,)])
+        daemon.kill9()
+        daemon.start()
+        until(lambda: world.postgres.execute(waiting) == [(2,)])
+        other.rollback()
+    assert daemon.ended(id)["state"] == "done", daemon.job(id)["message"]
+
+
 def test_djz_13_the_password_reaches_the_site_and_nobody_else(world: World, site: Site) -> None:
     password = (world.folder / "work/passwords/shop").read_text()
     assert len(password) >= 32
