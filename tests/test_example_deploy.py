@@ -421,7 +421,7 @@ def kill_at(world: World, id: int, point: str) -> dict[int, int]:
 POINTS = [
     *(f"step {name}" for name in BUILD), "task create_database", "before bundle_upload",
     "after bundle_upload", "task placement", *(f"step {name}" for name in DEPLOY),
-    "before manage", "before proxy_update", "after proxy_update", "before retire",
+    "after deploy", "before manage", "before proxy_update", "after proxy_update", "before retire",
 ]  # fmt: skip
 
 

@@ -44,6 +44,8 @@ def deploy(
     write_whole(folder / "env.json", json.dumps(env), 0o600)
     address = settings.appservers[int(server)]
     port = steps.do("run", _start, folder, plan, env, address, uid)
+    if not _running(folder):  # its daemon died before the end of this task was stored, and it too
+        port = _start(folder, plan, env, address, uid)
     return {
         "instance": f"{app}.{release}@{server}", "server": int(server), "address": address,
         "port": port, "uid": uid, "steps": STEPS,
@@ -166,20 +168,25 @@ def _until_answers(started: subprocess.Popen[bytes], address: str, port: int, ho
 
 def stop(folder: Path) -> bool:
     """End the web server of a release, if it runs; returns whether it did."""
-    file = folder / "pid"
-    if not file.exists():
-        return False
-    pid, start_time = file.read_text().split()
-    was_running = _start_time(int(pid)) == start_time
+    was_running = bool(_running(folder))
     for signum in signal.SIGTERM, signal.SIGKILL:
         deadline_s = time.monotonic() + PATIENCE_S
-        if _start_time(int(pid)) == start_time:
+        if pid := _running(folder):
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(int(pid), signum)
-        while _start_time(int(pid)) == start_time and time.monotonic() < deadline_s:
+                os.killpg(pid, signum)
+        while _running(folder) and time.monotonic() < deadline_s:
             time.sleep(0.02)
-    file.unlink()
+    (folder / "pid").unlink(missing_ok=True)
     return was_running
+
+
+def _running(folder: Path) -> int:
+    """The pid of the web server of a release; 0 when it does not run."""
+    file = folder / "pid"
+    if not file.exists():
+        return 0
+    pid, start_time = file.read_text().split()
+    return int(pid) if _start_time(int(pid)) == start_time else 0
 
 
 def _start_time(pid: int) -> str:

@@ -27,8 +27,7 @@ server {{
 }}
 """
 STEPS = ["try", "write", "check", "reload", "see"]
-#: Seconds until a site that was just started has to answer: on a busy machine Django takes many.
-PATIENCE_S = 30.0
+PATIENCE_S = 10.0
 SERVER_ERROR = 500
 
 
@@ -43,7 +42,7 @@ def proxy_update(
             raise TaskError(f"{name!r} is no name of a host")
     file = settings.proxy_sites / f"{valid_app(app)}.conf"
     report(1, len(STEPS), "try")
-    status = _until_it_answers(f"{address}:{int(port)}", names[0])
+    status, _ = _look(f"{address}:{int(port)}", names[0])
     if status >= SERVER_ERROR:
         raise TaskError(f"{names[0]}: the page of release {release} is an error {status}")
     report(2, len(STEPS), "write")
@@ -81,18 +80,6 @@ def _until_seen(settings: Settings, host: str, release: str) -> None:
         if time.monotonic() > deadline_s:
             raise TaskError(f"{host}: release {release} is not to be seen")
         time.sleep(0.02)
-
-
-def _until_it_answers(where: str, host: str) -> int:
-    """The status of the page of a site that may have been started a moment ago."""
-    deadline_s = time.monotonic() + PATIENCE_S
-    while True:
-        try:
-            return _look(where, host)[0]
-        except TaskError:
-            if time.monotonic() > deadline_s:
-                raise
-        time.sleep(0.1)
 
 
 def _look(where: str, host: str) -> tuple[int, str]:
