@@ -169,7 +169,8 @@ def test_isa_03_an_address_cannot_be_guessed_bent_or_used_late(site: Site) -> No
     url = site.do("upload pool:fast disk:late.qcow2 most:1K")["url"]
     assert put(url, bytes(1025))[0] == 413
     assert put(url.replace("late", "other"), b"x")[0] == 404
-    assert put(url[:-20] + "x" + url[-19:], b"x")[0] == 404
+    other = "y" if url[-20] == "x" else "x"
+    assert put(url[:-20] + other + url[-19:], b"x")[0] == 404
     assert get(url)[0] == 405
     tickets = site.folder / "var/web/tickets"
     for file in tickets.iterdir():
