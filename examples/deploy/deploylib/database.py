@@ -22,7 +22,7 @@ def create_database(settings: Settings, app: str) -> dict[str, Any]:
     password = _password(settings, app)
     try:
         with psycopg.connect(settings.database_admin, autocommit=True) as connection:
-            # A task that was killed may still have a statement in the server, which goes on with it.
+            # A statement of a task that was killed may still go on in the server.
             connection.execute("SELECT pg_advisory_lock(hashtext(%s))", [name])
             _give_user(connection, name, password)
             created = _make(connection, name)
