@@ -11,7 +11,7 @@ import pytest
 from upq import UpqJob
 from upq import pool as module
 from upq.job import RUNNING, Job
-from upq.pool import LOOK_AHEAD_JOBS, Pool, SharedPool
+from upq.pool import LOOK_AHEAD_JOBS, SOON_S, Pool, SharedPool
 
 numbers = itertools.count(1)
 
@@ -258,8 +258,17 @@ def test_behind_one_that_is_long_short_jobs_do_not_wait(work: Work) -> None:
     give(pool, long, *[claimed() for _ in range(40)])
     until(lambda: len(work.ended) == 640)
     assert time.monotonic() - began_s < 0.5
+    # While it goes on, those that come later do not wait for it at all.
+    took_s = []
+    for n in range(20):
+        time.sleep(0.002)
+        began_s = time.monotonic()
+        give(pool, claimed())
+        until(lambda n=n: len(work.ended) == 641 + n)  # type: ignore[misc]
+        took_s.append(time.monotonic() - began_s)
+    assert sorted(took_s)[10] < SOON_S / 4
     work.let_go(long)
-    until(lambda: len(work.ended) == 641)
+    until(lambda: len(work.ended) == 661)
 
 
 # Ahead

@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 #: Seconds of work that may be claimed beyond the free places, and jobs at the most.
 LOOK_AHEAD_S, LOOK_AHEAD_JOBS = 0.02, 256
 #: Jobs that take no longer, in seconds, are left to the threads that run if these will have started
-#: them within so many seconds: more threads would only take Python's lock from each other.
+#: them within so many seconds: more threads would only take Python's lock from each other. One that
+#: has been at its job for so long, unlike the latest ones, is not waited for.
 SHORT_S, SOON_S = 0.0005, 0.02
 #: Seconds between two looks of a parent that waits for a place whether it is to end instead.
 LOOK_S = 1.0
@@ -67,6 +68,7 @@ class Pool:
         self._suspects = False
         # What runs, waiting parents too, by token: the rows, and the objects once they are made.
         self._jobs: dict[int, Job] = {}
+        self._began: dict[int, float] = {}
         self._active: dict[int, UpqJob] = {}
         self._asked_to_end: set[int] = set()
 
@@ -251,6 +253,7 @@ class Pool:
         else:
             self._running -= 1
         self._jobs.pop(token, None)
+        self._began.pop(token, None)
         self._active.pop(token, None)
         self._asked_to_end.discard(token)
 
@@ -269,8 +272,10 @@ class Pool:
                 if self._closed:
                     break
                 if self._claimed and has_place:
-                    late = time.monotonic() - self._claimed[0][1] >= SOON_S
-                    if not late and self._running >= self._needed():
+                    now = time.monotonic()
+                    late = now - self._claimed[0][1] >= SOON_S
+                    needed = self._needed()
+                    if not late and self._running >= needed and self._at_it(now) >= needed:
                         self._idle += 1
                         self._changed.wait(SOON_S / 2)
                         self._idle -= 1
@@ -278,6 +283,7 @@ class Pool:
                     job, _ = self._claimed.popleft()
                     self._running += 1
                     self._jobs[job.token] = job
+                    self._began[job.token] = now
                     if self._claimed and self._running < self.concurrent:
                         if not self._idle:
                             self._start_thread()
@@ -294,6 +300,12 @@ class Pool:
                     break
             self._threads -= 1
             return None
+
+    def _at_it(self, now: float) -> int:
+        """How many threads have a job that they will end soon, by the latest ones."""
+        limit = now - SOON_S
+        began = (began for token, began in self._began.items() if token not in self._parked)
+        return sum(each > limit for each in began)
 
     def _needed(self) -> int:
         """How many threads will soon have started all that is claimed, by the latest jobs."""
