@@ -465,7 +465,7 @@ def test_an_attempt_to_be_repeated_waits_for_its_time_and_keeps_its_data(store: 
 
 def make_due(store: Store, id: int) -> None:
     """Let the time come."""
-    store.queue._act(
+    store.queue.act(
         lambda batch: batch.tx.cursor.execute(
             f"UPDATE upq_job SET due_at = 5, run_at = 5 WHERE id = {id}"
         )
@@ -704,7 +704,7 @@ def test_what_is_due_is_staged_in_chunks(store: Store) -> None:
     far = store.submit("reverify", run_at=when.now() + 2 * HOUR)
     lane = store.queue.lane("hash", "hash").id
     assert store.queue.stage() == []
-    store.queue._act(
+    store.queue.act(
         lambda batch: batch.tx.cursor.execute(f"UPDATE upq_job SET due_at = 7 WHERE lane = {lane}")
     )
     ready = sa.select(sa.func.count()).where(job.c.ready == lane)
@@ -1019,7 +1019,7 @@ def test_no_id_is_given_twice_to_many_threads(sqlite: Store) -> None:
 def test_ids_do_not_go_back_when_a_later_block_is_there_first(
     sqlite: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    act, others = sqlite.queue._act, []
+    act, others = sqlite.queue.act, []
 
     def overtaken(run: Callable[[Any], Any]) -> int:
         block = int(act(run))
@@ -1028,7 +1028,7 @@ def test_ids_do_not_go_back_when_a_later_block_is_there_first(
         return block
 
     sqlite.queue._skip_ids()
-    monkeypatch.setattr(sqlite.queue, "_act", overtaken)
+    monkeypatch.setattr(sqlite.queue, "act", overtaken)
     mine = sqlite.queue.reserve_ids(1)
     assert mine < others[0] < sqlite.queue.reserve_ids(1)
 

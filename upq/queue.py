@@ -12,7 +12,7 @@ import os
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -104,24 +104,6 @@ class Walk:
     mark: tuple[int, int] = (-1, 0)
     #: Nothing is left that ended before the time given.
     is_over: bool = False
-
-
-class Due(NamedTuple):
-    """Slots of a schedule whose time has come, in order, each with its job or None to pass it."""
-
-    schedule: str
-    #: The last slot that was known before.
-    after: int
-    slots: list[tuple[int, NewJob | None]]
-
-
-class Fired(NamedTuple):
-    """What has become of them."""
-
-    #: The last slot now; None when another daemon has the schedule in hand.
-    last: int | None
-    #: The slots with the jobs that are queued now, or why they are not.
-    jobs: list[tuple[int, Accepted | RequestError]]
 
 
 class Cancelled(NamedTuple):
@@ -233,7 +215,7 @@ class Queue:
             batch.family.under_way()
             return batch.tx.fetch(st.LANES)
 
-        self._know(read_lane(*row) for row in self._act(enter))
+        self._know(read_lane(*row) for row in self.act(enter))
         self.stage()
 
     def close(self) -> None:
@@ -244,7 +226,7 @@ class Queue:
             batch.tx.run(st.GIVE_BACK_IDS, first=self._next_id - 1, last=self._end_id - 1)
             batch.tx.run(st.DROP_NODE, owner=self.owner)
 
-        self._act(leave)
+        self.act(leave)
         self.writer.close()
 
     @property
@@ -307,7 +289,8 @@ class Queue:
             self.claims.settle(queued, batch.booked, claimed)
             self._bus.publish(batch.events)
 
-    def _act(self, run: Callable[[Batch], Any]) -> Any:
+    def act(self, run: Callable[[Batch], Any]) -> Any:
+        """Run a rare change in a transaction; what it returns or raises goes to the caller."""
         return value_of(self.writer.run([Act(run)])[0])
 
     def _know(self, lanes: Iterable[Lane]) -> None:
@@ -337,10 +320,10 @@ class Queue:
 
         made: Lane
         try:
-            made = self._act(make)
+            made = self.act(make)
         except Unavailable:
             # Another daemon made it at the same moment; a second look finds it.
-            made = self._act(make)
+            made = self.act(make)
         self._know([made])
         return made
 
@@ -372,7 +355,7 @@ class Queue:
         if first is not None:
             return first
         size = max(k, ID_BLOCK)
-        block = int(self._act(lambda batch: batch.numbers("job", size)))
+        block = int(self.act(lambda batch: batch.numbers("job", size)))
         with self._ids_lock:
             if block < self._end_id:
                 # Another thread was given a later block and is here first. What is left of this
@@ -394,7 +377,7 @@ class Queue:
 
         Raises Unavailable or Uncertain for all. Returns in the order given.
         """
-        changes = [self._change(jobs) for jobs in batches]
+        changes = [self.change(jobs) for jobs in batches]
         return self.writer.run(changes)
 
     def fill(self, members: Sequence[NewJob], how: Gather) -> Gathered:
@@ -422,7 +405,8 @@ class Queue:
         filled: Gathered = value_of(self.writer.run([act])[0])
         return filled
 
-    def _change(self, jobs: Sequence[NewJob]) -> Submit:
+    def change(self, jobs: Sequence[NewJob]) -> Submit:
+        """Jobs to queue, all or none: as rows, with their ids, in lanes that are there."""
         now = when.now()
         first = self._first_id(jobs)
         if len(jobs) > 1 and any(one.joins for one in jobs):
@@ -530,7 +514,7 @@ class Queue:
                 result,
                 kept,
                 None if outcome.progress is None else progress_text(outcome.progress),
-                self._change(then) if then else None,
+                self.change(then) if then else None,
                 told,
                 wish,
                 refused,
@@ -553,7 +537,7 @@ class Queue:
             return states[id], *batch.family.cancel_below(Goal([id], (), who, text))
 
         text = f"cancelled by {who}"
-        was, n, cancel = self._act(begin)
+        was, n, cancel = self.act(begin)
         n += self._go_on(cancel)
         if was in FINAL and not n:
             raise WrongState(f"job {id} is {was} already")
@@ -567,7 +551,7 @@ class Queue:
             return states, *batch.family.cancel_below(Goal(ids, (), who, text))
 
         text = f"cancelled by {who}"
-        states, n, cancel = self._act(begin)
+        states, n, cancel = self.act(begin)
         n += self._go_on(cancel)
         return [id for id, state in states.items() if state not in FINAL], n
 
@@ -577,7 +561,7 @@ class Queue:
             return 0
         n, is_over = 0, False
         while not is_over:
-            more, is_over = self._act(lambda batch: batch.family.go_on(cancel))
+            more, is_over = self.act(lambda batch: batch.family.go_on(cancel))
             n += more
         return n + self._caught.pop(cancel, 0)
 
@@ -589,7 +573,7 @@ class Queue:
         """Have cancels gone on with that have come to a stand: nothing has been done for them since
         the last call. At once: all there are.
         """
-        before, self._cancels = self._cancels, self._act(lambda batch: batch.family.steps())
+        before, self._cancels = self._cancels, self.act(lambda batch: batch.family.steps())
         # Who waits for one has heard of its end long ago.
         for id in set(self._caught) - before.keys() - self._cancels.keys():
             del self._caught[id]
@@ -612,7 +596,7 @@ class Queue:
                 raise IsCancelled(f"job {parent} is cancelled: nothing below it runs again")
             batch.family.retry([id], who, alone=True)
 
-        self._act(run) if parent is not None else self._after_cancels([id], run)
+        self.act(run) if parent is not None else self._after_cancels([id], run)
         self.asked_again += 1
 
     def _after_cancels(self, ids: Sequence[int], run: Callable[[Batch], Any]) -> Any:
@@ -623,7 +607,7 @@ class Queue:
             return cancels, None if cancels else run(batch)
 
         while True:
-            cancels, found = self._act(look)
+            cancels, found = self.act(look)
             if not cancels:
                 return found
             for cancel in cancels:
@@ -631,7 +615,7 @@ class Queue:
 
     def check_repeat(self, parent: int, holder: int) -> None:
         """Raises WrongState when a child of `parent` cannot be this job, which waits for it."""
-        self._act(lambda batch: batch.limiter.check_repeat(parent, holder))
+        self.act(lambda batch: batch.limiter.check_repeat(parent, holder))
 
     def retry_many(self, ids: Sequence[int], who: str) -> list[int]:
         """The same for at most CHUNK jobs; left out are those that are queued again meanwhile."""
@@ -677,7 +661,7 @@ class Queue:
         """Stop or resume the claims of a queue; survives a restart."""
         if not any(one.queue == queue for one in self.lanes.values()):
             raise NotFound(f"no job has gone to queue {queue} yet")
-        self._act(lambda batch: batch.tx.run(st.PAUSE, name=queue, paused=int(paused)))
+        self.act(lambda batch: batch.tx.run(st.PAUSE, name=queue, paused=int(paused)))
         self._know(one._replace(paused=paused) for one in self.lanes.values() if one.queue == queue)
 
     # Chores
@@ -691,15 +675,15 @@ class Queue:
             batch.family.under_way()
             return batch.tx.fetch(st.LANES)
 
-        self._know(read_lane(*row) for row in self._act(learn))
+        self._know(read_lane(*row) for row in self.act(learn))
 
     def laden(self) -> set[int]:
         """Lanes in which something is queued."""
-        return {row[0] for row in self._act(lambda batch: batch.tx.fetch(st.LADEN_LANES))}
+        return {row[0] for row in self.act(lambda batch: batch.tx.fetch(st.LADEN_LANES))}
 
     def asked_to_end(self) -> list[tuple[int, int]]:
         """Running jobs of this daemon that were cancelled, maybe by way of another: lane, token."""
-        rows = self._act(lambda batch: batch.tx.fetch(st.ASKED_TO_END, owner=self.owner))
+        rows = self.act(lambda batch: batch.tx.fetch(st.ASKED_TO_END, owner=self.owner))
         return [(lane_id, token) for lane_id, token in rows]
 
     def stage(self) -> list[int]:
@@ -713,17 +697,17 @@ class Queue:
             batch.forget_due(min((at for at in following if at is not None), default=None))
             return {row[1] for row in due}
 
-        return list(self._act(run))
+        return list(self.act(run))
 
     def expire(self, then: Follow) -> set[int]:
         """End what has not started in time and what is below it, with what `then` says for it.
 
         Returns its lanes.
         """
-        rows = self._act(lambda batch: batch.tx.fetch(st.OVERDUE, now=batch.now))
+        rows = self.act(lambda batch: batch.tx.fetch(st.OVERDUE, now=batch.now))
         overdue = [read_waiting(row, self.vault) for row in rows]
         after = {one.id: then(one) for one in overdue}
-        follow = {id: self._change(jobs) for id, (jobs, _) in after.items() if jobs}
+        follow = {id: self.change(jobs) for id, (jobs, _) in after.items() if jobs}
 
         def run(batch: Batch) -> set[int]:
             ended = batch.limiter.expire(one.id for one in overdue)
@@ -734,14 +718,14 @@ class Queue:
             batch.note_health([wish for id, _ in ended if (wish := after[id][1]) is not None])
             return {lane_id for _, lane_id in ended}
 
-        return set(self._act(run)) if overdue else set()
+        return set(self.act(run)) if overdue else set()
 
     def mend_lines(self) -> None:
         """Have lines go on that have come to a stand: nothing upq does leaves one.
 
         Starts of keys with a rate are forgotten when they lie more than an interval back.
         """
-        self._act(lambda batch: batch.limiter.mend())
+        self.act(lambda batch: batch.limiter.mend())
 
     def beat(self) -> None:
         """Say that this daemon is alive, and renew its claims."""
@@ -751,7 +735,7 @@ class Queue:
             lease = batch.now + LEASE_S * 1_000_000
             batch.tx.run(st.BEAT_JOBS, owner=self.owner, lease=lease)
 
-        self._act(run)
+        self.act(run)
 
     def orphans(self) -> list[Job]:
         """Running jobs whose owner is dead for sure.
@@ -769,7 +753,7 @@ class Queue:
                 for one in running_of(batch, owner, self.vault)
             ]
 
-        return list(self._act(run))
+        return list(self.act(run))
 
     def _is_dead(self, owner: str, nodes: dict[str, list[str]]) -> bool:
         if owner == self.owner:
@@ -791,7 +775,7 @@ class Queue:
             self._requeue(batch, found, crashed=False)
             return [one.lane for one in found]
 
-        lanes = list(self._act(run))
+        lanes = list(self.act(run))
         self.released += len(lanes)
         return lanes
 
@@ -806,9 +790,9 @@ class Queue:
             part = sorted(dead[start : start + st.CHUNK])
             over = [one for one in part if is_over(one)]
             after = [then(one) for one in over]
-            follow = [self._change(jobs) for jobs, _ in after if jobs]
+            follow = [self.change(jobs) for jobs, _ in after if jobs]
             wishes = [wish for _, wish in after if wish is not None]
-            count += self._act(self._rescue_of(part, follow, wishes))
+            count += self.act(self._rescue_of(part, follow, wishes))
             self.crashed += len(over)
         self.rescued += count
         return count
@@ -860,7 +844,7 @@ class Queue:
         lanes: dict[str, list[int]] = {}
         for one in self.lanes.values():
             lanes.setdefault(one.type, []).append(one.id)
-        self._act(lambda batch: batch.tend_health(rules, lanes))
+        self.act(lambda batch: batch.tend_health(rules, lanes))
 
     def forget_nodes(self, owners: Iterable[str]) -> None:
         """Remove rows of dead incarnations, once their jobs are taken back."""
@@ -869,11 +853,11 @@ class Queue:
             for owner in owners:
                 batch.tx.run(st.DROP_NODE, owner=owner)
 
-        self._act(run)
+        self.act(run)
 
     def dead_nodes(self) -> list[str]:
         """Earlier incarnations of this node that have not left in good order."""
-        nodes = self._act(nodes_of)
+        nodes = self.act(nodes_of)
         return [id for id in nodes if self._is_dead(id, nodes)]
 
     def purge(self, state: str, before: int, walk: Walk | None = None) -> int:
@@ -909,90 +893,11 @@ class Queue:
                     batch.tally[lane_id, state] -= 1
             return len(ids), page
 
-        count, page = self._act(run)
+        count, page = self.act(run)
         if page:
             on.mark = (page[-1][2], page[-1][0])
         on.is_over = len(page) < st.CHUNK
         return int(count)
-
-    # Schedules
-
-    def enter_schedules(self, digests: Mapping[str, int], now: int, until: int) -> dict[str, int]:
-        """Make schedules known, each with a digest of its times; returns the last slot of each.
-
-        One that is new or has changed begins now: what was before is not made up for.
-        """
-        names = sorted((name,) for name in digests)
-
-        def run(batch: Batch) -> dict[str, int]:
-            batch.tx.run_rows(st.ADD_SLOTS, [(name, 0, None) for (name,) in names])
-            known = dict(batch.tx.fetch_rows(st.SCHEDULE_HEADS, names))
-            changed = [name for name, digest in known.items() if digest != digests[name]]
-            for name in changed:
-                batch.tx.run(st.SET_HEAD, schedule=name, digest=digests[name])
-            lasts = dict(batch.tx.fetch_rows(st.LAST_SLOTS, names, until=until))
-            if begin := [(name, now, None) for name in lasts if name in changed or not lasts[name]]:
-                batch.tx.run_rows(st.ADD_SLOTS, begin)
-                lasts = dict(batch.tx.fetch_rows(st.LAST_SLOTS, names, until=until))
-            return lasts
-
-        found: dict[str, int] = self._act(run)
-        return found
-
-    def fire(self, due: Sequence[Due], until: int) -> list[Fired]:
-        """Queue the jobs of these slots and take the slots, in one transaction; none twice.
-
-        A schedule that another daemon has in hand is left alone.
-        """
-        changes = [[self._change([job]) if job else None for _, job in one.slots] for one in due]
-        names = sorted((one.schedule,) for one in due)
-
-        def run(batch: Batch) -> list[Fired]:
-            free = {row[0] for row in batch.tx.fetch_rows(st.HEADS_FREE, names)}
-            last = dict(batch.tx.fetch_rows(st.LAST_SLOTS, names, until=until))
-            mine = [one.schedule in free and last[one.schedule] == one.after for one in due]
-            submits = [
-                new
-                for ours, news in zip(mine, changes, strict=True) if ours
-                for new in news if new
-            ]  # fmt: skip
-            stored = iter(batch.insert(submits))
-            fired: list[Fired] = []
-            rows: list[tuple[str, int, int | None]] = []
-            for one, ours in zip(due, mine, strict=True):
-                if not ours:
-                    fired.append(Fired(last[one.schedule] if one.schedule in free else None, []))
-                    continue
-                jobs = [(at, next(stored)) for at, job in one.slots if job]
-                told = [(at, r if isinstance(r, RequestError) else r[0]) for at, r in jobs]
-                ids = {at: r.id for at, r in told if isinstance(r, Accepted)}
-                rows += [(one.schedule, at, ids.get(at)) for at, _ in one.slots]
-                fired.append(Fired(one.slots[-1][0], told))
-            if rows:
-                batch.tx.run_rows(st.INSERT_SLOTS, rows)
-            return fired
-
-        found: list[Fired] = self._act(run)
-        return found
-
-    def purge_slots(self, before: int) -> int:
-        """Delete old slots, but the last of each schedule and the last that fired."""
-
-        def run(batch: Batch) -> int:
-            count, names = 0, batch.tx.fetch(st.NEXT_SCHEDULE, after="")
-            while names:
-                name = names[0][0]
-                ends = batch.tx.fetch_rows(st.LAST_SLOTS, [(name,)], until=before)
-                ends += batch.tx.fetch(st.LAST_FIRED, schedule=name)
-                upto = min([before, *(row[-1] for row in ends)])
-                old = batch.tx.fetch(st.OLD_SLOTS, schedule=name, before=upto)
-                if old:
-                    batch.tx.run(st.DELETE_SLOTS, schedule=name, upto=old[-1][0])
-                count += len(old)
-                names = batch.tx.fetch(st.NEXT_SCHEDULE, after=name)
-            return count
-
-        return int(self._act(run))
 
 
 def is_over(dead: Job) -> bool:
