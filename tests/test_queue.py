@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import re
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -869,113 +868,6 @@ def test_a_posted_end_is_no_stray(store: Store) -> None:
     assert [one["state"] for one in store.views.jobs([])] == [DONE]
 
 
-# Purge
-
-
-def test_purge_takes_what_is_old_with_its_history(store: Store) -> None:
-    old, kept = store.submit(), store.submit()
-    other = store.submit()
-    one, two, three = store.claim(3)
-    end(store, one, output=Output("x", 1, False))
-    end(store, two, FAILED)
-    before = when.now()
-    end(store, three)
-    assert store.queue.purge(DONE, before) == 1
-    with pytest.raises(NotFound):
-        store.views.job(old)
-    assert store.views.history(old) == []
-    assert store.fetch(sa.select(schema.output)) == []
-    assert {kept, other} == {one["id"] for one in store.views.jobs([])}
-    assert tallied(store) == counted(store)
-    assert store.queue.purge(DONE, before) == 0
-
-
-def test_purge_works_in_chunks(store: Store) -> None:
-    store.submit()
-    done = store.claim_one()
-    end(store, done)
-    store.copy(done.id, CHUNK + 3)
-    assert [store.queue.purge(DONE, when.now() + 1) for _ in range(3)] == [CHUNK, 4, 0]
-    assert tallied(store) == counted(store) == {}
-
-
-def test_purge_frees_the_key(store: Store) -> None:
-    first = store.submit(key="a")
-    end(store, store.claim_one())
-    store.queue.purge(DONE, when.now() + 1)
-    assert store.submit(key="a") != first
-
-
-def test_purge_keeps_children_of_a_parent_that_has_not_ended(store: Store) -> None:
-    parent = store.submit()
-    running = store.claim_one()
-    child = store.submit(parent=parent, root=parent)
-    end(store, store.claim_one())
-    assert store.queue.purge(DONE, when.now() + 1) == 0
-    assert store.views.end(child)
-    end(store, running)
-    assert store.queue.purge(DONE, when.now() + 1) == 2
-
-
-def test_purge_keeps_what_others_wait_for(store: Store) -> None:
-    first = store.submit()
-    last = store.submit(after=(first,))
-    end(store, store.claim_one(), FAILED)
-    assert store.queue.purge(FAILED, when.now() + 1) == 0
-    store.queue.cancel(last, "root")
-    assert store.queue.purge(CANCELLED, when.now() + 1) == 1
-    assert store.queue.purge(FAILED, when.now() + 1) == 1
-    assert store.fetch(sa.select(schema.edge)) == []
-
-
-def test_two_daemons_that_purge_at_once_count_each_job_once(url: str) -> None:
-    with Store(url) as store, store.beside() as other:
-        store.submit()
-        done = store.claim_one()
-        end(store, done)
-        store.copy(done.id, 3 * CHUNK)
-        purged: list[int] = []
-
-        def purge(here: Store) -> Callable[[], None]:
-            return lambda: purged.extend(here.queue.purge(DONE, when.now() + 1) for _ in range(4))
-
-        at_once(purge(store), purge(other))
-        while n := store.queue.purge(DONE, when.now() + 1):  # what each had left to the other
-            purged.append(n)
-        assert sum(purged) == 3 * CHUNK + 1
-        assert tallied(store) == counted(store) == {}
-
-
-def test_a_job_retried_while_another_daemon_purges_is_not_lost(
-    url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    looked, retried = threading.Event(), threading.Event()
-    execute = Tx._execute
-
-    def slow(tx: Tx, sql: Sql, text: str, given: Any) -> None:
-        if sql is statements.DELETE_EVENTS:  # what is old was looked up, nothing is deleted yet
-            looked.set()
-            retried.wait(0.5)
-        execute(tx, sql, text, given)
-
-    with Store(url) as store, store.beside() as other:
-        if not store.queue.shared:
-            pytest.skip("SQLite serves one daemon")
-        id = store.submit()
-        end(store, store.claim_one(), FAILED)
-        monkeypatch.setattr(Tx, "_execute", slow)
-
-        def retry() -> None:
-            looked.wait(10)
-            with suppress(NotFound):  # it was purged before
-                store.queue.retry(id, "root")
-                retried.set()
-
-        at_once(retry, lambda: other.queue.purge(FAILED, when.now() + 1))
-        assert bool(counted(store)) == retried.is_set()
-        assert tallied(store) == counted(store)
-
-
 # Ids, lanes, events, counts
 
 
@@ -1104,7 +996,7 @@ def test_counts_hold_under_all_transitions_of_two_daemons(url: str) -> None:
                         state = (DONE, FAILED, QUEUED, DONE)[n % 4]
                         here.queue.finish(one, Outcome(state))
                     here.queue.beat()
-                    here.queue.purge(FAILED, when.now())
+                    here.purge(FAILED, when.now())
                 here.flush()
 
             return some_work
@@ -1237,7 +1129,7 @@ class Model(RuleBasedStateMachine):
     def purge(self) -> None:
         """Nothing waits for what is done, and here what is done is a child only of such."""
         gone = {id for id, state in self.state.items() if state == DONE}
-        assert self.store.queue.purge(DONE, when.now() + 1) == len(gone)
+        assert self.store.purge(DONE, when.now() + 1) == len(gone)
         for id in gone:
             del self.state[id]
         for needs in self.needs.values():
@@ -1313,19 +1205,10 @@ def test_no_change_reads_the_whole_table(store: Store, monkeypatch: pytest.Monke
         queue.stage()
         store.submit()
         queue.rescue(store.claim(2), lambda _: ((), None))
-        queue.purge(CANCELLED, 5), queue.purge(DONE, 5)
+        store.purge(CANCELLED, 5), store.purge(DONE, 5)
     slow = {name: ms for name, ms in spent_ms.items() if ms > FEW_ROWS_MS}
     assert len(spent_ms) > 30
     assert slow == {}
-
-
-@pytest.mark.slow
-@pytest.mark.alone
-def test_purge_reads_only_what_it_deletes(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    store.copy(crowd(store, 50_000).done, 3 * CHUNK)
-    spent_ms = measured(monkeypatch)
-    assert [store.queue.purge(DONE, when.now() + 1) for _ in range(3)] == [CHUNK] * 3
-    assert {name: ms for name, ms in spent_ms.items() if ms > 5 * FEW_ROWS_MS} == {}
 
 
 def measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
