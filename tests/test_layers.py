@@ -23,7 +23,7 @@ FLOORS = (
     "members",
     "family",
     "batch kinds ini",
-    "filling",
+    "filling nodes",
     "config queue views attempt",
     "jobtypes child difference retention slots",
     "executor",

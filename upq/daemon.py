@@ -36,10 +36,11 @@ from upq.errors import (
 from upq.events import Bus
 from upq.jobtypes import JobTypes, pool_key
 from upq.lobby import Lobby
+from upq.nodes import BEAT_S
 from upq.plugins import UpqJob
 from upq.pool import Pool, SharedPool
 from upq.process import ProcessJob
-from upq.queue import BEAT_S, Queue
+from upq.queue import Queue
 from upq.retention import Retention
 from upq.runner import Runner
 from upq.schedule import Scheduler, faults_of

@@ -8,7 +8,6 @@ follows an end is said by the caller.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import uuid
 from collections import Counter
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 from upq import statements as st
 from upq import when
-from upq.batch import LEASE_S, Act, Batch, Claim, Finish, Submit, Want
+from upq.batch import Act, Batch, Claim, Finish, Submit, Want
 from upq.db import Database
 from upq.draws import Draw, Plan, Spent
 from upq.errors import IsCancelled, NotFound, RequestError, Unavailable, WrongState
@@ -28,7 +27,6 @@ from upq.filling import Filling, fill
 from upq.health import Rules, Wish
 from upq.job import (
     CANCELLED,
-    FAILED,
     FINAL,
     QUEUED,
     RUNNING,
@@ -47,14 +45,13 @@ from upq.limits import (
     LINE_CHARS,
     PACED,
     SHOWN_CHARS,
-    kept,
     pace_reason,
     turn_reason,
 )
+from upq.nodes import Node, forget, is_over, requeue, running_of
 from upq.notify import NOTIFY
 from upq.record import (
     clean,
-    crashes_of,
     digest,
     progress_text,
     read_claimed,
@@ -63,14 +60,10 @@ from upq.record import (
 from upq.sql import Tx
 from upq.vault import Vault
 from upq.workflow import tie
-from upq.writer import Replay, Writer
+from upq.writer import Writer
 
 log = logging.getLogger(__name__)
 
-#: Seconds between two renewals of this daemon's claims.
-BEAT_S = 10
-#: Starts that may end with the death of the daemon before the job is failed as `crashed`.
-CRASH_LIMIT = 3
 #: Job ids reserved at a time; what is left of a block is lost only by a crash.
 ID_BLOCK = 1000
 
@@ -150,9 +143,9 @@ class Queue:
         self.node_name = node_name
         #: Encrypts what is secret; without keys it leaves all as it is.
         self.vault = Vault()
-        self.machine = machine
         #: This incarnation: never reused, whatever pid or name.
         self.owner = uuid.uuid4().hex
+        self._node = Node(self.owner, node_name, machine, self.shared)
         #: Lanes by id; replaced as a whole, never changed.
         self.lanes: dict[int, Lane] = {}
         #: The earliest time that a waiting job becomes due, or None.
@@ -192,8 +185,7 @@ class Queue:
             for name in ("job", "event"):
                 if not batch.tx.fetch(st.FIND_COUNTER, name=name):
                     batch.tx.run(st.ADD_COUNTER, name=name)
-            batch.tx.run(st.ADD_NODE, owner=self.owner, name=self.node_name, machine=self.machine,
-                         pid=os.getpid(), now=batch.now)  # fmt: skip
+            self._node.enter(batch)
             batch.family.under_way()
             return batch.tx.fetch(st.LANES)
 
@@ -206,7 +198,7 @@ class Queue:
         def leave(batch: Batch) -> None:
             # With no block reserved this matches no row: no counter is below 0.
             batch.tx.run(st.GIVE_BACK_IDS, first=self._next_id - 1, last=self._end_id - 1)
-            batch.tx.run(st.DROP_NODE, owner=self.owner)
+            forget(batch, [self.owner])
 
         self.act(leave)
         self.writer.close()
@@ -711,37 +703,11 @@ class Queue:
 
     def beat(self) -> None:
         """Say that this daemon is alive, and renew its claims."""
-
-        def run(batch: Batch) -> None:
-            batch.tx.run(st.BEAT_NODE, owner=self.owner, now=batch.now)
-            lease = batch.now + LEASE_S * 1_000_000
-            batch.tx.run(st.BEAT_JOBS, owner=self.owner, lease=lease)
-
-        self.act(run)
+        self.act(self._node.beat)
 
     def orphans(self) -> list[Job]:
-        """Running jobs whose owner is dead for sure.
-
-        These are jobs of earlier incarnations of this node on this machine, since the caller
-        holds the node's lock; of owners that no node row names; with SQLite, of all others.
-        """
-
-        def run(batch: Batch) -> list[Job]:
-            nodes = nodes_of(batch)
-            return [
-                one
-                for (owner,) in batch.tx.fetch(st.OWNERS)
-                if self._is_dead(owner, nodes)
-                for one in running_of(batch, owner, self.vault)
-            ]
-
-        return list(self.act(run))
-
-    def _is_dead(self, owner: str, nodes: dict[str, list[str]]) -> bool:
-        if owner == self.owner:
-            return False
-        known = nodes.get(owner)
-        return known is None or not self.shared or known == [self.node_name, self.machine]
+        """Running jobs whose owner is dead for sure."""
+        return list(self.act(lambda batch: self._node.orphans(batch, self.vault)))
 
     def release_strays(self) -> list[int]:
         """Put back to the queue what is ours in the table only: claims whose commit was in doubt.
@@ -754,7 +720,7 @@ class Queue:
             ours = self._held.union(batch.taken)
             mine = running_of(batch, self.owner, self.vault)
             found = [one for one in mine if one.token not in ours]
-            self._requeue(batch, found, crashed=False)
+            requeue(batch, found, crashed=False)
             return [one.lane for one in found]
 
         lanes = list(self.act(run))
@@ -783,40 +749,12 @@ class Queue:
         self, part: list[Job], follow: list[Submit], wishes: list[Wish]
     ) -> Callable[[Batch], int]:
         def run(batch: Batch) -> int:
-            self._requeue(batch, part, crashed=True)
+            requeue(batch, part, crashed=True)
             batch.follow(follow, [one.id for one in part if one.cancel_asked])
             batch.note_health(wishes)
             return len(part)
 
         return run
-
-    def _requeue(self, batch: Batch, part: list[Job], *, crashed: bool) -> None:
-        """Back to the queue; or failed after too many crashes, cancelled where that was asked."""
-        values: list[tuple[Any, ...]] = []
-        bad, limited = [], []
-        for one in part:
-            crashes = crashes_of(one) if crashed else one.crashes
-            state, cause = QUEUED, "interrupted" if crashed else "released"
-            if crashed and one.cancel_asked:
-                state, cause = CANCELLED, "asked"
-            elif crashed and is_over(one):
-                state, cause = FAILED, "crashed"
-            if state == QUEUED:
-                values.append((one.id, one.token, state, "", one.lane, crashes, None))
-            else:
-                values.append((one.id, one.token, state, cause, None, crashes, batch.now))
-                bad.append((one.id, state))
-            batch.moved(one.id, one.lane, RUNNING, state, reason=cause, attempt=one.attempt)
-            if limits := kept(one.options):
-                limited.append((one, state, limits))
-        if values and batch.tx.run_rows(st.REQUEUE_JOBS, values) != len(values):
-            raise Replay("a job of a dead owner has changed meanwhile")
-        for one, state, limits in limited:
-            if state != QUEUED:
-                batch.limiter.free([(one.id, limits)])
-            elif not crashed and one.attempt == 1:
-                batch.limiter.given_back(one.id, limits)
-        batch.hold_dependents(bad)
 
     def tend_health(self, rules: Sequence[Rules]) -> None:
         """Tell what is due by the time alone; of several daemons one does."""
@@ -830,31 +768,15 @@ class Queue:
 
     def forget_nodes(self, owners: Iterable[str]) -> None:
         """Remove rows of dead incarnations, once their jobs are taken back."""
-
-        def run(batch: Batch) -> None:
-            for owner in owners:
-                batch.tx.run(st.DROP_NODE, owner=owner)
-
-        self.act(run)
+        self.act(lambda batch: forget(batch, owners))
 
     def dead_nodes(self) -> list[str]:
         """Earlier incarnations of this node that have not left in good order."""
-        nodes = self.act(nodes_of)
-        return [id for id in nodes if self._is_dead(id, nodes)]
-
-
-def is_over(dead: Job) -> bool:
-    """Whether a job has killed its daemon too often to be started again."""
-    return not dead.cancel_asked and crashes_of(dead) >= CRASH_LIMIT
+        return list(self.act(self._node.dead))
 
 
 def read_lane(id: int, queue: str, type: str, paused: int) -> Lane:
     return Lane(id, queue, type, bool(paused))
-
-
-def nodes_of(batch: Batch) -> dict[str, list[str]]:
-    """The incarnations that are entered, with node and machine."""
-    return {id: place for id, *place in batch.tx.fetch(st.NODES)}
 
 
 def value_of(result: Any) -> Any:
@@ -862,17 +784,3 @@ def value_of(result: Any) -> Any:
     if isinstance(result, RequestError):
         raise result
     return result
-
-
-def running_of(batch: Batch, owner: str, vault: Vault) -> list[Job]:
-    """All that an incarnation runs, read a page at a time."""
-    found: list[Job] = []
-    page: list[Any] = [None]
-    while page:
-        above = found[-1].id if found else 0
-        page = batch.tx.fetch(st.RUNNING_OF, owner=owner, above=above)
-        for row in page:
-            one = read_claimed(row[:-2], row[-2], vault=vault)
-            attempt, starts = one.attempt - 1, one.starts - 1
-            found.append(one._replace(reason=row[-1], attempt=attempt, starts=starts))
-    return found
