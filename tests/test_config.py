@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import os
 import pwd
 import re
@@ -17,10 +16,12 @@ import pytest
 
 from tests.jobkit import SHARED
 from upq import config, vault
-from upq.config import JobSettings, Settings
+from upq.declaration import declared
 from upq.errors import ConfigError
+from upq.jobsettings import JobSettings
 from upq.params import Param, ParamSpec
 from upq.protocol import VERBS
+from upq.settings import OTHER_SECTIONS, SECTIONS, Access, Daemon, Logging, Paths, Settings
 
 ROOT = Path(__file__).parent.parent
 FIRST_UPQ = ROOT / "tests/configs/first_upq.cfg"
@@ -297,12 +298,10 @@ tls = starttls
 name = web-1.example
 """
     )
-    assert settings.daemon == config.Daemon(
-        True, f"{tmp_path}/upq.pid", 0o007, os.getuid(), 0, "", 5.0
-    )
+    assert settings.daemon == Daemon(True, f"{tmp_path}/upq.pid", 0o007, os.getuid(), 0, "", 5.0)
     assert settings.db.debug
-    assert settings.logging == config.Logging("warning", "%(asctime)s %(message)s", "")
-    assert settings.paths == config.Paths(
+    assert settings.logging == Logging("warning", "%(asctime)s %(message)s", "")
+    assert settings.paths == Paths(
         f"{tmp_path}/upq.sock",
         0o660,
         f"{tmp_path}/jobs",
@@ -314,7 +313,7 @@ name = web-1.example
     assert settings.db.keep_failed_s == 90 * 86400
     assert settings.listen.tcp == ("::1", 5555)
     assert (settings.listen.max_queue, settings.listen.idle_s) == (1000, 60)
-    assert settings.access == config.Access(("*",), ("*",), (me, "@root"))
+    assert settings.access == Access(("*",), ("*",), (me, "@root"))
     assert settings.mail.server == ("smtp.example.org", 25)
     assert (settings.mail.sender, settings.mail.tls) == ("upq@example.org", "starttls")
     assert settings.node.name == "web-1.example"
@@ -998,26 +997,7 @@ def test_a_file_that_cannot_be_read_is_one_fault(
         assert caught.value.exit_status == 78
 
 
-# The declarations
-
-
-def test_every_field_is_declared_or_made_by_load() -> None:
-    made = {"others", "name", "file", "line", "variables", "missing"}
-    made |= {"place", "request", "times", "keys"}
-    for section in (*config.SECTIONS.values(), *config.OTHER_SECTIONS.values()):
-        names = {field.name for field in dataclasses.fields(section)}
-        assert names - {each.name for each in config.declared(section).values()} <= made
-    assert list(config.SECTIONS) == [
-        field.name for field in dataclasses.fields(Settings) if field.name in config.SECTIONS
-    ]
-
-
-def test_every_setting_has_a_meaning_and_is_not_reserved() -> None:
-    sections = {**config.SECTIONS, **config.OTHER_SECTIONS}
-    for name, section in ((name.partition(" ")[0], one) for name, one in sections.items()):
-        declared = config.declared(section)
-        assert not set(declared) & set(config.LATER.get(name, ()))
-        assert all(each.meaning.endswith(".") for each in declared.values())
+# The reference
 
 
 def test_the_reference_page_is_what_the_declarations_say() -> None:
@@ -1029,8 +1009,7 @@ def test_each_setting_is_described_on_one_line() -> None:
     lines = config.describe().splitlines()
     assert any(line.startswith("[listen] idle = 5m ") for line in lines)
     assert len(lines) == sum(
-        len(config.declared(section))
-        for section in (*config.SECTIONS.values(), *config.OTHER_SECTIONS.values())
+        len(declared(section)) for section in (*SECTIONS.values(), *OTHER_SECTIONS.values())
     )
 
 

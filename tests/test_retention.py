@@ -14,7 +14,6 @@ from tests.stores import Store
 from tests.test_queue import FEW_ROWS_MS, measured
 from upq import schema, when
 from upq.batch import Batch
-from upq.config import Db, JobSettings, Settings
 from upq.job import (
     CANCELLED,
     DONE,
@@ -28,9 +27,11 @@ from upq.job import (
     Outcome,
     Output,
 )
+from upq.jobsettings import JobSettings
 from upq.kinds import Unique
 from upq.limits import Limiter
 from upq.retention import Retention, kept_s
+from upq.settings import Db, Settings
 from upq.statements import CHUNK
 
 database, url, store = stores.database, stores.url, stores.store

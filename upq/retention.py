@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from upq import when
-from upq.config import Db, JobSettings, Settings
 from upq.job import CANCELLED, DONE, EXPIRED, FAILED
+from upq.jobsettings import JobSettings
 from upq.queue import Queue, Walk
+from upq.settings import Db, Settings
 
 #: Seconds that one step may take; then others get their turn.
 STEP_S = 1.0

@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from upq import when
-from upq.config import ScheduleSettings, Settings
 from upq.errors import RequestError
 from upq.job import NewJob
 from upq.jobtypes import JobTypes
 from upq.queue import Due, Fired, Queue
+from upq.settings import ScheduleSettings, Settings
 
 log = logging.getLogger(__name__)
 
