@@ -15,8 +15,8 @@ import pytest
 
 from tests.daemons import Daemon, Talk, until
 from upq.access import peer_of
-from upq.config import Listen
 from upq.lobby import Lobby
+from upq.settings import Listen
 from upq.wire import Ack
 
 JOBS = {

@@ -17,7 +17,6 @@ from tests.stores import Store
 from tests.test_queue import FEW_ROWS_MS, at_once, counted, end, measured, tallied
 from upq import schema, statements, when
 from upq.batch import Batch
-from upq.config import Db, JobSettings, Settings
 from upq.errors import NotFound
 from upq.job import (
     CANCELLED,
@@ -32,9 +31,11 @@ from upq.job import (
     Outcome,
     Output,
 )
+from upq.jobsettings import JobSettings
 from upq.kinds import Unique
 from upq.limits import Limiter
 from upq.retention import Retention, kept_s
+from upq.settings import Db, Settings
 from upq.sql import Sql, Tx
 from upq.statements import CHUNK
 

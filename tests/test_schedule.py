@@ -14,12 +14,12 @@ from tests.stores import Store
 from tests.test_queue import FEW_ROWS_MS, measured
 from upq import schema, statements
 from upq.batch import Act, Batch, Submit
-from upq.config import ScheduleSettings
 from upq.errors import Busy, Unavailable
 from upq.job import NewJob
 from upq.protocol import SUBMIT, Request
 from upq.queue import value_of
 from upq.schedule import SLOTS, Scheduler, plan
+from upq.settings import ScheduleSettings
 from upq.slots import Due, Slots
 from upq.when import Times, instant, iso
 

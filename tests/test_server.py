@@ -22,7 +22,7 @@ from tests import fuzz
 from tests.daemons import PATIENCE_S, Daemon, Talk, acting_as, until
 from tests.servers import short_folder
 from upq import server
-from upq.config import Listen
+from upq.settings import Listen
 
 JOBS = {
     "echo": "def run(self):\n    return self.jobdata",

@@ -22,7 +22,6 @@ from upq.cgroup import Groups
 from upq.claimer import Claimer
 from upq.clock import Clock
 from upq.command import CommandJob
-from upq.config import Settings
 from upq.db import Database, hold_file
 from upq.desk import Ends, JobDesk
 from upq.difference import changes, code_of
@@ -45,6 +44,7 @@ from upq.retention import Retention
 from upq.runner import Runner
 from upq.schedule import Scheduler, faults_of
 from upq.server import Door, Place, bind_tcp, bind_unix
+from upq.settings import Settings
 from upq.slots import Slots
 from upq.trees import Lifeline, end_orphans
 from upq.vault import Vault

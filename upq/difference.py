@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from upq.config import FIXED, SECTIONS, Settings, declared
+from upq.declaration import declared
 from upq.secret import MASK, SECRET_NAME
+from upq.settings import FIXED, SECTIONS, Settings
 
 #: A password in a URL; all of a URL that tells people, since any part of it may be one.
 _PASSWORD = re.compile(r"(://[^:/@\s]*:)[^@\s]+(?=@)|(passw\w*=)[^&\s]*")

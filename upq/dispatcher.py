@@ -14,7 +14,6 @@ from upq import log as logs
 from upq import protocol, when
 from upq.access import Access, Peer
 from upq.claimer import Claimer
-from upq.config import ScheduleSettings, Settings
 from upq.desk import Ends
 from upq.errors import (
     BadParams,
@@ -59,6 +58,7 @@ from upq.plugins import Desk, Piece, stored_piece
 from upq.protocol import Options, Request
 from upq.queue import Lane, Queue
 from upq.secret import mask, scrub
+from upq.settings import ScheduleSettings, Settings
 from upq.statements import CHUNK
 from upq.views import AHEAD_LIMIT, Filter, Found, Pace, Views
 from upq.whole import count_steps

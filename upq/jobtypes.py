@@ -19,11 +19,11 @@ from upq.access import Principals
 from upq.attempt import refused
 from upq.cgroup import GroupLimits, Groups
 from upq.command import STDOUT, command_type
-from upq.config import JobSettings, Mail, PoolSettings, Settings, Webhook
 from upq.draws import Bounds, Level, Plan, Token
 from upq.errors import BadParams, Broken, Disabled, Refused, RequestError, UnknownCommand
 from upq.gates import Closed
 from upq.job import QUEUE, REPLACE, Job, Limits, NewJob
+from upq.jobsettings import JobSettings
 from upq.notify import NOTIFY, TARGET_URL, secret_settings
 from upq.params import ParamSpec, fill_key, names_in, queue_of, shown, suggest
 from upq.plugins import Desk, Loader, UpqJob, blame
@@ -31,6 +31,7 @@ from upq.protocol import VERBS
 from upq.queue import Lane
 from upq.record import canonical, digest
 from upq.secret import secret_texts
+from upq.settings import Mail, PoolSettings, Settings, Webhook
 from upq.trees import Lifeline
 from upq.workflow import DELAY, LAST
 

@@ -22,11 +22,11 @@ import daemon as python_daemon
 
 from upq import __version__, config, vault
 from upq import log as logs
-from upq.config import Settings
 from upq.daemon import Daemon, lock, set_up_log
 from upq.errors import CannotCreate, ConfigError, NotAllowed, StartError
 from upq.jobtypes import JobTypes
 from upq.schedule import faults_of
+from upq.settings import Settings
 
 #: Python's default of 5 ms lets one busy job delay every reply.
 SWITCH_S = 0.0005

@@ -18,10 +18,10 @@ from collections.abc import Callable, Sequence
 
 from upq import protocol, wire
 from upq.access import Peer
-from upq.config import Listen
 from upq.dispatcher import Dispatcher
 from upq.errors import Busy, RequestError, TimedOut
 from upq.protocol import Request
+from upq.settings import Listen
 from upq.wire import Ack
 
 log = logging.getLogger(__name__)

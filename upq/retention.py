@@ -10,9 +10,10 @@ from typing import Any
 from upq import statements as st
 from upq import when
 from upq.batch import Batch
-from upq.config import Db, JobSettings, Settings
 from upq.job import CANCELLED, DONE, EXPIRED, FAILED, FINAL
+from upq.jobsettings import JobSettings
 from upq.queue import Queue
+from upq.settings import Db, Settings
 
 #: Seconds that one step may take; then others get their turn.
 STEP_S = 1.0

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from upq import when
-from upq.config import ScheduleSettings, Settings
 from upq.errors import RequestError
 from upq.job import NewJob
 from upq.jobtypes import JobTypes
+from upq.settings import ScheduleSettings, Settings
 from upq.slots import Due, Fired, Slots
 
 log = logging.getLogger(__name__)

@@ -21,9 +21,9 @@ from typing import Any
 
 from upq import wire
 from upq.access import Peer, peer_of
-from upq.config import Listen
 from upq.errors import AlreadyRunning, Busy, CannotCreate, RequestError
 from upq.lobby import Lobby
+from upq.settings import Listen
 
 log = logging.getLogger(__name__)
 
