@@ -138,6 +138,7 @@ def test_two_daemons_on_one_folder_are_one_too_many(daemon: Daemon) -> None:
     assert daemon.run("echo")["state"] == "done"
 
 
+@pytest.mark.alone
 def test_a_stale_socket_and_a_stale_pidfile_with_the_pid_of_somebody_else_are_taken_over(
     daemon: Daemon,
 ) -> None:
