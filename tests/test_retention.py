@@ -14,6 +14,7 @@ from tests.stores import Store
 from tests.test_queue import FEW_ROWS_MS, measured
 from upq import schema, when
 from upq.batch import Batch
+from upq.clauses import CHUNK
 from upq.config import Db, JobSettings, Settings
 from upq.job import (
     CANCELLED,
@@ -31,7 +32,6 @@ from upq.job import (
 from upq.kinds import Unique
 from upq.limits import Limiter
 from upq.retention import Retention, kept_s
-from upq.statements import CHUNK
 
 database, url, store = stores.database, stores.url, stores.store
 

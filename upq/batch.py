@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from upq import log as logs
-from upq import statements as st
 from upq.draws import Allowance, Bounds, Draw, Plan, Spent, choose
 from upq.errors import IsCancelled, KeyConflict, NotFound, RequestError
 from upq.events import Event
@@ -45,6 +44,20 @@ from upq.limits import Limiter, has_limits, is_paced, kept, kept_text, turn_reas
 from upq.members import Members, kept_batch
 from upq.notify import address
 from upq.sql import Sql, Tx
+from upq.statements import jobs as st
+from upq.statements.family import AGAIN_BELOW
+from upq.statements.health import ADD_HEALTH, LOCK_HEALTH, OLDEST_OF_RANK, SET_HEALTH
+from upq.statements.limits import PUT_IN_LINE
+from upq.statements.members import STILL_BLOCKED
+from upq.statements.waits import (
+    BLOCK_JOBS,
+    DELETE_EDGES,
+    DEPENDENTS_OF,
+    FREE_JOBS,
+    INSERT_EDGES,
+    LOWER_WAITS,
+    WAITS_OF,
+)
 from upq.vault import Vault
 from upq.workflow import DELAY, JOIN, option
 from upq.writer import Replay
@@ -452,7 +465,7 @@ class Batch:
             limited = [row for row in fresh if len(row) > st.PLAIN]
             self.tx.run_rows(st.INSERT_LIMITED, limited)
         if edges:
-            self.tx.run_rows(st.INSERT_EDGES, edges)
+            self.tx.run_rows(INSERT_EDGES, edges)
         if self._limiter is not None:
             self._limiter.inserted()
 
@@ -766,7 +779,7 @@ class Batch:
         states = [(one.job.id, one.outcome.state) for one in finishes]
         again = [(one.job.id,) for one in finishes if one.outcome.is_retry]
         if again:
-            self.tx.run_rows(st.AGAIN_BELOW, sorted(again))
+            self.tx.run_rows(AGAIN_BELOW, sorted(again))
         self.retried = len(again)
         self.given_back = sum(not one.outcome.counts for one in finishes)
         for one in finishes:
@@ -823,14 +836,14 @@ class Batch:
                 self._keep_health(health)
 
     def _lock_health(self, type: str) -> Health:
-        found = self.tx.fetch(st.LOCK_HEALTH, type=type)
+        found = self.tx.fetch(LOCK_HEALTH, type=type)
         if not found:
-            self.tx.run(st.ADD_HEALTH, type=type, now=self.now)
-            found = self.tx.fetch(st.LOCK_HEALTH, type=type)
+            self.tx.run(ADD_HEALTH, type=type, now=self.now)
+            found = self.tx.fetch(LOCK_HEALTH, type=type)
         return Health.of_row(found[0])
 
     def _keep_health(self, health: Health) -> None:
-        self.tx.run(st.SET_HEALTH, of=health.type, **health.columns())
+        self.tx.run(SET_HEALTH, of=health.type, **health.columns())
 
     def _tell_targets(self, rules: Rules, found: Sequence[Told]) -> None:
         new = [job for told in found for job in address(told, rules.targets)]
@@ -845,7 +858,7 @@ class Batch:
         found: int | None = None
         for lane_id in lanes:
             above = -(1 << 31)
-            while part := self.tx.fetch(st.OLDEST_OF_RANK, lane=lane_id, above=above):
+            while part := self.tx.fetch(OLDEST_OF_RANK, lane=lane_id, above=above):
                 above = part[-1][0]
                 at = min(max(created_at, run_at or 0) for _, created_at, run_at in part)
                 found = at if found is None else min(found, at)
@@ -857,22 +870,22 @@ class Batch:
         if not done:
             return
         ids = sorted((id,) for id in done)
-        waiting = self.tx.fetch_rows(st.DEPENDENTS_OF, ids)
+        waiting = self.tx.fetch_rows(DEPENDENTS_OF, ids)
         if not waiting:
             return
-        self.tx.run_rows(st.DELETE_EDGES, ids)
+        self.tx.run_rows(DELETE_EDGES, ids)
         self.lower_waits(Counter(row[0] for row in waiting), done)
 
     def lower_waits(self, fewer: Mapping[int, int], done: Iterable[int] = ()) -> None:
         """Have dependents wait for so many jobs less; those that wait for none go on."""
         counts = sorted(fewer.items())
-        self.tx.run_rows(st.LOWER_WAITS, counts)
+        self.tx.run_rows(LOWER_WAITS, counts)
         free = []
         turns = []
         joins = {}
         followups = []
         for id, lane_id, run_at, attempt, waits, state, options in sorted(
-            self.tx.fetch_rows(st.WAITS_OF, [(id,) for id, _ in counts])
+            self.tx.fetch_rows(WAITS_OF, [(id,) for id, _ in counts])
         ):
             if (branches := branches_of(options)) is not None:
                 joins[id] = branches
@@ -898,9 +911,9 @@ class Batch:
         if joins:
             self._joins.hand_on(joins, set(done))
         if free:
-            self.tx.run_rows(st.FREE_JOBS, free)
+            self.tx.run_rows(FREE_JOBS, free)
         if turns:
-            self.tx.run_rows(st.PUT_IN_LINE, turns)
+            self.tx.run_rows(PUT_IN_LINE, turns)
         if followups:
             self.members.release(followups)
 
@@ -908,10 +921,10 @@ class Batch:
         """Jobs are queued again: who waits for their ends waits for one more. Follow-ups among them
         go on when none of their members is left.
         """
-        self.members.await_again(self.tx.fetch_rows(st.DEPENDENTS_OF, sorted((id,) for id in ids)))
+        self.members.await_again(self.tx.fetch_rows(DEPENDENTS_OF, sorted((id,) for id in ids)))
         if followups:
             waits = {id: self.members.told(id, kept) for id, kept in sorted(followups.items())}
-            self.tx.run_rows(st.STILL_BLOCKED, list(waits.items()))
+            self.tx.run_rows(STILL_BLOCKED, list(waits.items()))
             self.lower_waits(dict.fromkeys(followups, 0))
             self.members.release(list(followups.items()))
 
@@ -923,7 +936,7 @@ class Batch:
         if not changed:
             return
         states = dict(changed)
-        waiting = self.tx.fetch_rows(st.DEPENDENTS_OF, sorted((id,) for id in states))
+        waiting = self.tx.fetch_rows(DEPENDENTS_OF, sorted((id,) for id in states))
         if waiting:
             batches = self.members.hold(waiting, states, self.lower_waits)
             waiting = [row for row in waiting if row[0] not in batches]
@@ -935,7 +948,7 @@ class Batch:
             if state == BLOCKED
         }
         if reasons:
-            self.tx.run_rows(st.BLOCK_JOBS, sorted(reasons.items()))
+            self.tx.run_rows(BLOCK_JOBS, sorted(reasons.items()))
 
 
 def parents_of(submits: Sequence[Submit]) -> set[int]:

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
-from upq import statements as st
 from upq import when
 from upq.batch import LEASE_S, Act, Batch, Claim, Finish, Submit, Want
+from upq.clauses import CHUNK
 from upq.db import Database
 from upq.draws import Draw, Plan, Spent
 from upq.errors import IsCancelled, NotFound, RequestError, Unavailable, WrongState
@@ -63,6 +63,18 @@ from upq.record import (
     read_waiting,
 )
 from upq.sql import Tx
+from upq.statements import jobs as st
+from upq.statements import retention, slots, waits
+from upq.statements.nodes import (
+    ADD_NODE,
+    BEAT_JOBS,
+    BEAT_NODE,
+    DROP_NODE,
+    NODES,
+    OWNERS,
+    REQUEUE_JOBS,
+    RUNNING_OF,
+)
 from upq.vault import Vault
 from upq.workflow import tie
 from upq.writer import Replay, Writer
@@ -228,8 +240,8 @@ class Queue:
             for name in ("job", "event"):
                 if not batch.tx.fetch(st.FIND_COUNTER, name=name):
                     batch.tx.run(st.ADD_COUNTER, name=name)
-            batch.tx.run(st.ADD_NODE, owner=self.owner, name=self.node_name, machine=self.machine,
-                         pid=os.getpid(), now=batch.now)  # fmt: skip
+            batch.tx.run(ADD_NODE, owner=self.owner, name=self.node_name,
+                         machine=self.machine, pid=os.getpid(), now=batch.now)  # fmt: skip
             batch.family.under_way()
             return batch.tx.fetch(st.LANES)
 
@@ -242,7 +254,7 @@ class Queue:
         def leave(batch: Batch) -> None:
             # With no block reserved this matches no row: no counter is below 0.
             batch.tx.run(st.GIVE_BACK_IDS, first=self._next_id - 1, last=self._end_id - 1)
-            batch.tx.run(st.DROP_NODE, owner=self.owner)
+            batch.tx.run(DROP_NODE, owner=self.owner)
 
         self._act(leave)
         self.writer.close()
@@ -747,9 +759,9 @@ class Queue:
         """Say that this daemon is alive, and renew its claims."""
 
         def run(batch: Batch) -> None:
-            batch.tx.run(st.BEAT_NODE, owner=self.owner, now=batch.now)
+            batch.tx.run(BEAT_NODE, owner=self.owner, now=batch.now)
             lease = batch.now + LEASE_S * 1_000_000
-            batch.tx.run(st.BEAT_JOBS, owner=self.owner, lease=lease)
+            batch.tx.run(BEAT_JOBS, owner=self.owner, lease=lease)
 
         self._act(run)
 
@@ -764,7 +776,7 @@ class Queue:
             nodes = nodes_of(batch)
             return [
                 one
-                for (owner,) in batch.tx.fetch(st.OWNERS)
+                for (owner,) in batch.tx.fetch(OWNERS)
                 if self._is_dead(owner, nodes)
                 for one in running_of(batch, owner, self.vault)
             ]
@@ -802,8 +814,8 @@ class Queue:
         parent that only waited is not blamed. One that was to end is cancelled.
         """
         count = 0
-        for start in range(0, len(dead), st.CHUNK):
-            part = sorted(dead[start : start + st.CHUNK])
+        for start in range(0, len(dead), CHUNK):
+            part = sorted(dead[start : start + CHUNK])
             over = [one for one in part if is_over(one)]
             after = [then(one) for one in over]
             follow = [self._change(jobs) for jobs, _ in after if jobs]
@@ -843,7 +855,7 @@ class Queue:
             batch.moved(one.id, one.lane, RUNNING, state, reason=cause, attempt=one.attempt)
             if limits := kept(one.options):
                 limited.append((one, state, limits))
-        if values and batch.tx.run_rows(st.REQUEUE_JOBS, values) != len(values):
+        if values and batch.tx.run_rows(REQUEUE_JOBS, values) != len(values):
             raise Replay("a job of a dead owner has changed meanwhile")
         for one, state, limits in limited:
             if state != QUEUED:
@@ -867,7 +879,7 @@ class Queue:
 
         def run(batch: Batch) -> None:
             for owner in owners:
-                batch.tx.run(st.DROP_NODE, owner=owner)
+                batch.tx.run(DROP_NODE, owner=owner)
 
         self._act(run)
 
@@ -886,11 +898,13 @@ class Queue:
 
         def run(batch: Batch) -> tuple[int, list[Any]]:
             ended_at, above = on.mark
-            page = batch.tx.fetch(st.ENDED_ALIKE, state=state, ended_at=ended_at, above=above)
-            if len(page) < st.CHUNK:
+            page = batch.tx.fetch(
+                retention.ENDED_ALIKE, state=state, ended_at=ended_at, above=above
+            )
+            if len(page) < CHUNK:
                 page += batch.tx.fetch(
-                    st.ENDED_LATER, state=state, ended_at=ended_at, before=before
-                )[: st.CHUNK - len(page)]
+                    retention.ENDED_LATER, state=state, ended_at=ended_at, before=before
+                )[: CHUNK - len(page)]
             ids = [(id,) for id, type, at in page if at < before and on.due(type)]
             old = unneeded(batch, state, sorted(ids)) if ids else []
             ids = sorted((row[0],) for row in old)
@@ -898,11 +912,11 @@ class Queue:
                 if not self.shared:
                     batch.tx.run(st.KEEP_LAST_EVENT)
                 for sql in (
-                    st.DELETE_EVENTS,
-                    st.DELETE_OUTPUTS,
-                    st.DELETE_STEPS,
-                    st.DELETE_OWN_EDGES,
-                    st.DELETE_JOBS,
+                    retention.DELETE_EVENTS,
+                    retention.DELETE_OUTPUTS,
+                    retention.DELETE_STEPS,
+                    waits.DELETE_OWN_EDGES,
+                    retention.DELETE_JOBS,
                 ):
                     batch.tx.run_rows(sql, ids)
                 for _, lane_id, *_ in old:
@@ -912,7 +926,7 @@ class Queue:
         count, page = self._act(run)
         if page:
             on.mark = (page[-1][2], page[-1][0])
-        on.is_over = len(page) < st.CHUNK
+        on.is_over = len(page) < CHUNK
         return int(count)
 
     # Schedules
@@ -925,15 +939,15 @@ class Queue:
         names = sorted((name,) for name in digests)
 
         def run(batch: Batch) -> dict[str, int]:
-            batch.tx.run_rows(st.ADD_SLOTS, [(name, 0, None) for (name,) in names])
-            known = dict(batch.tx.fetch_rows(st.SCHEDULE_HEADS, names))
+            batch.tx.run_rows(slots.ADD_SLOTS, [(name, 0, None) for (name,) in names])
+            known = dict(batch.tx.fetch_rows(slots.SCHEDULE_HEADS, names))
             changed = [name for name, digest in known.items() if digest != digests[name]]
             for name in changed:
-                batch.tx.run(st.SET_HEAD, schedule=name, digest=digests[name])
-            lasts = dict(batch.tx.fetch_rows(st.LAST_SLOTS, names, until=until))
+                batch.tx.run(slots.SET_HEAD, schedule=name, digest=digests[name])
+            lasts = dict(batch.tx.fetch_rows(slots.LAST_SLOTS, names, until=until))
             if begin := [(name, now, None) for name in lasts if name in changed or not lasts[name]]:
-                batch.tx.run_rows(st.ADD_SLOTS, begin)
-                lasts = dict(batch.tx.fetch_rows(st.LAST_SLOTS, names, until=until))
+                batch.tx.run_rows(slots.ADD_SLOTS, begin)
+                lasts = dict(batch.tx.fetch_rows(slots.LAST_SLOTS, names, until=until))
             return lasts
 
         found: dict[str, int] = self._act(run)
@@ -948,8 +962,8 @@ class Queue:
         names = sorted((one.schedule,) for one in due)
 
         def run(batch: Batch) -> list[Fired]:
-            free = {row[0] for row in batch.tx.fetch_rows(st.HEADS_FREE, names)}
-            last = dict(batch.tx.fetch_rows(st.LAST_SLOTS, names, until=until))
+            free = {row[0] for row in batch.tx.fetch_rows(slots.HEADS_FREE, names)}
+            last = dict(batch.tx.fetch_rows(slots.LAST_SLOTS, names, until=until))
             mine = [one.schedule in free and last[one.schedule] == one.after for one in due]
             submits = [
                 new
@@ -969,7 +983,7 @@ class Queue:
                 rows += [(one.schedule, at, ids.get(at)) for at, _ in one.slots]
                 fired.append(Fired(one.slots[-1][0], told))
             if rows:
-                batch.tx.run_rows(st.INSERT_SLOTS, rows)
+                batch.tx.run_rows(slots.INSERT_SLOTS, rows)
             return fired
 
         found: list[Fired] = self._act(run)
@@ -979,17 +993,17 @@ class Queue:
         """Delete old slots, but the last of each schedule and the last that fired."""
 
         def run(batch: Batch) -> int:
-            count, names = 0, batch.tx.fetch(st.NEXT_SCHEDULE, after="")
+            count, names = 0, batch.tx.fetch(slots.NEXT_SCHEDULE, after="")
             while names:
                 name = names[0][0]
-                ends = batch.tx.fetch_rows(st.LAST_SLOTS, [(name,)], until=before)
-                ends += batch.tx.fetch(st.LAST_FIRED, schedule=name)
+                ends = batch.tx.fetch_rows(slots.LAST_SLOTS, [(name,)], until=before)
+                ends += batch.tx.fetch(slots.LAST_FIRED, schedule=name)
                 upto = min([before, *(row[-1] for row in ends)])
-                old = batch.tx.fetch(st.OLD_SLOTS, schedule=name, before=upto)
+                old = batch.tx.fetch(slots.OLD_SLOTS, schedule=name, before=upto)
                 if old:
-                    batch.tx.run(st.DELETE_SLOTS, schedule=name, upto=old[-1][0])
+                    batch.tx.run(slots.DELETE_SLOTS, schedule=name, upto=old[-1][0])
                 count += len(old)
-                names = batch.tx.fetch(st.NEXT_SCHEDULE, after=name)
+                names = batch.tx.fetch(slots.NEXT_SCHEDULE, after=name)
             return count
 
         return int(self._act(run))
@@ -1006,7 +1020,7 @@ def read_lane(id: int, queue: str, type: str, paused: int) -> Lane:
 
 def nodes_of(batch: Batch) -> dict[str, list[str]]:
     """The incarnations that are entered, with node and machine."""
-    return {id: place for id, *place in batch.tx.fetch(st.NODES)}
+    return {id: place for id, *place in batch.tx.fetch(NODES)}
 
 
 def value_of(result: Any) -> Any:
@@ -1021,10 +1035,10 @@ def unneeded(batch: Batch, state: str, ids: list[tuple[int]]) -> list[Any]:
 
     A parent that has ended badly needs what it has queued: it may be retried.
     """
-    found = [row for row in batch.tx.fetch_rows(st.LOCK_ENDED, ids) if row[2] == state]
+    found = [row for row in batch.tx.fetch_rows(retention.LOCK_ENDED, ids) if row[2] == state]
     parents = sorted({(row[3],) for row in found if row[3] is not None})
-    states = dict(batch.tx.fetch_rows(st.PLAIN_STATES_OF, parents)) if parents else {}
-    awaited = {row[0] for row in batch.tx.fetch_rows(st.AWAITED_OF, ids)}
+    states = dict(batch.tx.fetch_rows(waits.PLAIN_STATES_OF, parents)) if parents else {}
+    awaited = {row[0] for row in batch.tx.fetch_rows(retention.AWAITED_OF, ids)}
 
     def is_needed(row: Any) -> bool:
         state = states.get(row[3], DONE)
@@ -1039,7 +1053,7 @@ def running_of(batch: Batch, owner: str, vault: Vault) -> list[Job]:
     page: list[Any] = [None]
     while page:
         above = found[-1].id if found else 0
-        page = batch.tx.fetch(st.RUNNING_OF, owner=owner, above=above)
+        page = batch.tx.fetch(RUNNING_OF, owner=owner, above=above)
         for row in page:
             one = read_claimed(row[:-2], row[-2], vault=vault)
             attempt, starts = one.attempt - 1, one.starts - 1
