@@ -19,7 +19,7 @@ FLOORS = (
     "db cli sql",
     "clauses",
     "writer statements",
-    "limits joins record",
+    "limits joins record changes",
     "members",
     "family",
     "batch kinds ini",

@@ -21,7 +21,8 @@ from tests import stores
 from tests.store_bench import claims_past, crowd
 from tests.stores import Store
 from upq import schema, when, writer
-from upq.batch import LEASE_S, Claim
+from upq.batch import LEASE_S
+from upq.changes import Claim
 from upq.clauses import CHUNK
 from upq.errors import KeyConflict, NotFound, Unavailable, WrongState
 from upq.job import (

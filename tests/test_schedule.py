@@ -13,7 +13,8 @@ from tests import stores
 from tests.stores import Store
 from tests.test_queue import FEW_ROWS_MS, measured
 from upq import schema
-from upq.batch import Act, Batch, Submit
+from upq.batch import Act, Batch
+from upq.changes import Submit
 from upq.config import ScheduleSettings
 from upq.errors import Busy, Unavailable
 from upq.job import NewJob

@@ -10,11 +10,12 @@ import logging
 import os
 import struct
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from upq import log as logs
+from upq.changes import CHILD_KEY, IDEM_KEY, Claim, Finish, Submit, Want
 from upq.draws import Allowance, Bounds, Draw, Plan, Spent, choose
 from upq.errors import IsCancelled, KeyConflict, NotFound, RequestError
 from upq.events import Event
@@ -29,15 +30,11 @@ from upq.job import (
     FAILED,
     FINAL,
     QUEUED,
-    REPLACE,
     RUNNING,
     TIMEOUT,
-    UNSTORABLE,
     Accepted,
-    Job,
     Limits,
     NewJob,
-    Outcome,
 )
 from upq.joins import Joins, after_reason, block, branches_of, waits_reason
 from upq.limits import Limiter, has_limits, is_paced, kept, kept_text, turn_reason
@@ -68,98 +65,6 @@ log = logging.getLogger(__name__)
 LEASE_S = 30
 #: Characters of a message kept in the history; the job's row has all of it.
 EVENT_MESSAGE = 4000
-
-
-#: So many jobs of a lane, or whatever goes first in a pool.
-Want = tuple[int, int] | Draw
-
-IDEM_KEY, CHILD_KEY, OPTIONS = st.AT["idem_key"], st.AT["child_key"], st.AT["options"]
-
-
-@dataclass(slots=True)
-class Submit:
-    """Jobs to insert, all or none; `rows` are in the order of SUBMITTED."""
-
-    rows: list[list[Any]]
-    after: list[tuple[int, ...]]
-    who: str
-    #: Of each job, its limits; None when none has any. The rows of those that have some go on with
-    #: LIMITED.
-    limits: list[Limits | None] | None = None
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(
-            len(row[st.AT["params"]]) + len(row[st.AT["options"]] or "") for row in self.rows
-        )
-
-    @property
-    def keys(self) -> Iterator[str]:
-        """By which a job that is there may stand in for one of these."""
-        for row in self.rows:
-            unique = row[st.AT["uniq_key"]] if len(row) > st.PLAIN else None
-            yield from filter(None, (row[IDEM_KEY], row[CHILD_KEY], unique))
-
-    @property
-    def binds(self) -> bool:
-        """Whether a parent or a join is to wait for what its jobs are found to be."""
-        return any(row[CHILD_KEY] or '"join' in (row[OPTIONS] or "") for row in self.rows)
-
-    @property
-    def replaces(self) -> bool:
-        """Whether any of the jobs takes the place of others."""
-        if self.limits is None:
-            return False
-        return any(one is not None and one.when_busy == REPLACE for one in self.limits)
-
-    def instead(self, error: Exception) -> None:
-        return None
-
-
-@dataclass(slots=True)
-class Claim:
-    """What to claim, in the order of preference."""
-
-    wants: list[Want]
-    size_bytes: int = 0
-
-    def instead(self, error: Exception) -> None:
-        return None
-
-
-@dataclass(slots=True)
-class Finish:
-    """The end of one attempt, with the jobs that follow it."""
-
-    job: Job
-    outcome: Outcome
-    result: str | None
-    data: str | None
-    progress: str | None
-    then: Submit | None
-    #: Told whether the end was ours to make, after the commit.
-    told: Callable[[bool], None] | None = None
-    #: For a type that is told of by its health.
-    wish: Wish | None = None
-    #: Hears in place of `told` that the database refuses it for good: another end has to come.
-    refused: Callable[[Exception], None] | None = None
-
-    @property
-    def size_bytes(self) -> int:
-        outcome = self.outcome
-        text = len(outcome.message) + (len(outcome.output.text) if outcome.output else 0)
-        then = self.then.size_bytes if self.then else 0
-        # Text outside ASCII takes up to four bytes a character.
-        return len(self.result or "") + len(self.data or "") + 4 * text + then
-
-    def instead(self, error: Exception) -> Finish | None:
-        if self.refused is not None:
-            self.refused(error)
-            return None
-        if self.outcome.reason == UNSTORABLE:
-            return None
-        outcome = Outcome(FAILED, f"its end cannot be stored: {error}", reason=UNSTORABLE)
-        return Finish(self.job, outcome, None, None, None, None, self.told)
 
 
 @dataclass(slots=True)

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from upq.batch import Batch, Submit
+from upq.batch import Batch
+from upq.changes import Submit
 from upq.errors import KeyConflict, NotFound, WrongState
 from upq.job import BAD, BATCH, BLOCKED, DONE, Accepted, Gathered, encode
 from upq.joins import block

@@ -18,7 +18,8 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from upq import when
-from upq.batch import LEASE_S, Act, Batch, Claim, Finish, Submit, Want
+from upq.batch import LEASE_S, Act, Batch
+from upq.changes import Claim, Finish, Submit, Want
 from upq.clauses import CHUNK
 from upq.db import Database
 from upq.draws import Draw, Plan, Spent
