@@ -19,7 +19,7 @@ FLOORS = (
     "db cli sql",
     "clauses",
     "writer statements",
-    "limits joins record changes",
+    "limits joins record changes alerts",
     "members",
     "family",
     "batch kinds ini",

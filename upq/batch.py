@@ -14,14 +14,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from upq import alerts
 from upq import log as logs
 from upq.changes import CHILD_KEY, IDEM_KEY, Claim, Finish, Submit, Want
 from upq.draws import Allowance, Bounds, Draw, Plan, Spent, choose
 from upq.errors import IsCancelled, KeyConflict, NotFound, RequestError
 from upq.events import Event
 from upq.family import Family, Goal
-from upq.health import Health, Rules, Told, Wish, digest, queue_age, silence
-from upq.health import ended as health_ended
 from upq.job import (
     BAD,
     BLOCKED,
@@ -39,11 +38,9 @@ from upq.job import (
 from upq.joins import Joins, after_reason, block, branches_of, waits_reason
 from upq.limits import Limiter, has_limits, is_paced, kept, kept_text, turn_reason
 from upq.members import Members, kept_batch
-from upq.notify import address
 from upq.sql import Sql, Tx
 from upq.statements import jobs as st
 from upq.statements.family import AGAIN_BELOW
-from upq.statements.health import ADD_HEALTH, LOCK_HEALTH, OLDEST_OF_RANK, SET_HEALTH
 from upq.statements.limits import PUT_IN_LINE
 from upq.statements.members import STILL_BLOCKED
 from upq.statements.waits import (
@@ -362,6 +359,13 @@ class Batch:
         if not is_over:
             self.left.append(cancel)
 
+    def queue(self, new: Sequence[NewJob]) -> None:
+        """Insert jobs that nobody has asked for: they tell of something."""
+        taken = self._home.take_ids(len(new))
+        first = self.numbers("job", len(new)) if taken is None else taken
+        rows = [self._home.row(job, id, self.now) for id, job in enumerate(new, first)]
+        self.insert([Submit(rows, [()] * len(rows), "")])
+
     def store(self, fresh: list[list[Any]], edges: list[tuple[int, int]]) -> None:
         plain = [row for row in fresh if len(row) == st.PLAIN]
         if plain:
@@ -626,7 +630,7 @@ class Batch:
         self._keep_outputs(finishes)
         self._follow(finishes)
         if wishes:
-            self.note_health(wishes)
+            alerts.note(self, wishes)
         return [True] * len(finishes)
 
     def _end_limited(self, one: Finish) -> None:
@@ -713,61 +717,6 @@ class Batch:
         if one.told is not None:
             self._told.append((one.told, ours))
         return ours
-
-    # How types fare
-
-    def note_health(self, wishes: Sequence[Wish]) -> None:
-        """Take note of ends of types that are told of by their health, in the order given."""
-        by_type: dict[str, list[Wish]] = {}
-        for wish in wishes:
-            by_type.setdefault(wish.rules.type, []).append(wish)
-        for type in sorted(by_type):
-            health = self._lock_health(type)
-            for wish in by_type[type]:
-                self._tell_targets(wish.rules, health_ended(health, wish, self.now))
-            self._keep_health(health)
-
-    def tend_health(self, rules: Sequence[Rules], lanes: dict[str, list[int]]) -> None:
-        """Tell what is due by the time alone: digests and alerts. lanes: those of each type."""
-        for one in sorted(rules, key=lambda rules: rules.type):
-            health = self._lock_health(one.type)
-            before = health.columns()
-            found = [*digest(health, one, self.now), *silence(health, one, self.now)]
-            if one.queue_age_us or health.queue_alert_at is not None:
-                oldest_at = self._oldest(lanes.get(one.type, []))
-                found += queue_age(health, one, oldest_at, self.now)
-            if health.columns() != before:
-                self._tell_targets(one, found)
-                self._keep_health(health)
-
-    def _lock_health(self, type: str) -> Health:
-        found = self.tx.fetch(LOCK_HEALTH, type=type)
-        if not found:
-            self.tx.run(ADD_HEALTH, type=type, now=self.now)
-            found = self.tx.fetch(LOCK_HEALTH, type=type)
-        return Health.of_row(found[0])
-
-    def _keep_health(self, health: Health) -> None:
-        self.tx.run(SET_HEALTH, of=health.type, **health.columns())
-
-    def _tell_targets(self, rules: Rules, found: Sequence[Told]) -> None:
-        new = [job for told in found for job in address(told, rules.targets)]
-        if new:
-            taken = self._home.take_ids(len(new))
-            first = self.numbers("job", len(new)) if taken is None else taken
-            rows = [self._home.row(job, id, self.now) for id, job in enumerate(new, first)]
-            self.insert([Submit(rows, [()] * len(rows), "")])
-
-    def _oldest(self, lanes: Sequence[int]) -> int | None:
-        """Since when the job of these lanes that has waited longest could have started."""
-        found: int | None = None
-        for lane_id in lanes:
-            above = -(1 << 31)
-            while part := self.tx.fetch(OLDEST_OF_RANK, lane=lane_id, above=above):
-                above = part[-1][0]
-                at = min(max(created_at, run_at or 0) for _, created_at, run_at in part)
-                found = at if found is None else min(found, at)
-        return found
 
     # Jobs that wait for others
 

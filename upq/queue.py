@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
-from upq import when
+from upq import alerts, when
 from upq.batch import LEASE_S, Act, Batch
 from upq.changes import Claim, Finish, Submit, Want
 from upq.clauses import CHUNK
@@ -744,7 +744,7 @@ class Queue:
             batch.follow(submits)
             told = {row[0] for one in submits for row in one.rows}
             batch.cancel_below((id for id, _ in ended), spared=told)
-            batch.note_health([wish for id, _ in ended if (wish := after[id][1]) is not None])
+            alerts.note(batch, [w for id, _ in ended if (w := after[id][1]) is not None])
             return {lane_id for _, lane_id in ended}
 
         return set(self._act(run)) if overdue else set()
@@ -832,7 +832,7 @@ class Queue:
         def run(batch: Batch) -> int:
             self._requeue(batch, part, crashed=True)
             batch.follow(follow, [one.id for one in part if one.cancel_asked])
-            batch.note_health(wishes)
+            alerts.note(batch, wishes)
             return len(part)
 
         return run
@@ -873,7 +873,7 @@ class Queue:
         lanes: dict[str, list[int]] = {}
         for one in self.lanes.values():
             lanes.setdefault(one.type, []).append(one.id)
-        self._act(lambda batch: batch.tend_health(rules, lanes))
+        self._act(lambda batch: alerts.tend(batch, rules, lanes))
 
     def forget_nodes(self, owners: Iterable[str]) -> None:
         """Remove rows of dead incarnations, once their jobs are taken back."""
