@@ -19,7 +19,7 @@ FLOORS = (
     "db cli sql",
     "clauses",
     "writer statements",
-    "limits joins record changes alerts",
+    "limits joins record changes alerts drawing",
     "members",
     "family",
     "batch kinds ini",

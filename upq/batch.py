@@ -17,7 +17,8 @@ from typing import Any, Protocol
 from upq import alerts
 from upq import log as logs
 from upq.changes import CHILD_KEY, IDEM_KEY, Claim, Finish, Submit, Want
-from upq.draws import Allowance, Bounds, Draw, Plan, Spent, choose
+from upq.drawing import rows_for
+from upq.draws import Draw, Plan, Spent
 from upq.errors import IsCancelled, KeyConflict, NotFound, RequestError
 from upq.events import Event
 from upq.family import Family, Goal
@@ -213,7 +214,7 @@ class Batch:
 
         Numbers are taken just before the commit, so that their order is the order of the commits.
         """
-        self._change_tally()
+        self.change_tally()
         if self.events:
             self._first = self._home.number_events(self, len(self.events))
             self.tx.run_rows(
@@ -224,7 +225,8 @@ class Batch:
                 ],
             )
 
-    def _change_tally(self) -> None:
+    def change_tally(self) -> None:
+        """Write what was counted so far."""
         changed = sorted((lane_id, state, n) for (lane_id, state), n in self.tally.items() if n)
         if changed:
             self.tx.run_rows(st.CHANGE_TALLY, changed)
@@ -514,7 +516,8 @@ class Batch:
                 picked += found[:free]
         claimed = self._start(picked)
         for draw in draws:
-            claimed += self._start(self._draw(draw))
+            plan = self._home.plan(draw, {e.lane for e in self.events if e.state == QUEUED})
+            claimed += self._start(rows_for(self, draw, plan))
         return claimed
 
     def _start(self, picked: list[Any]) -> list[tuple[Any, int, int]]:
@@ -540,60 +543,6 @@ class Batch:
             self.tally[lane_id, QUEUED] -= n
             self.tally[lane_id, RUNNING] += n
         return [(row, token, now) for row, token in zip(picked, tokens, strict=True)]
-
-    def _draw(self, draw: Draw) -> list[Any]:
-        """The rows for the places of a pool, within the limits of the whole database."""
-        plan = self._home.plan(draw, {e.lane for e in self.events if e.state == QUEUED})
-        self.drawn |= draw.lanes
-        bounded = plan.bounded()
-        at = {key: self._lock_limit(key) for key in limit_keys(bounded)}
-        rates = {
-            type: limits.rate.allowed(at[limits.rate_key], self.now)
-            for type, limits in bounded.items()
-            if limits.rate
-        }
-        allowance = Allowance(plan, rates, self._tokens_in_use(bounded))
-        rows = choose(plan, draw.room, allowance, self._fetch, self.now)
-        started = Counter(row[2] for row in rows)
-        for type, limits in bounded.items():
-            key = limits.rate_key
-            if limits.rate and started[type]:
-                at[key] = limits.rate.after(at[key], self.now, started[type])
-                self.tx.run(st.SET_LIMIT, name=key, at=at[key])
-            self.spent[type] = allowance.spent(type, at.get(key, 0))
-        full = len(rows) == draw.room
-        self.again |= {
-            lane_id
-            for level in plan.levels
-            for lane_id, type in level.lanes
-            if full or not allowance.left(type, 1)
-        }
-        return rows
-
-    def _fetch(self, lane_id: int, free: int, above: int | None) -> list[Any]:
-        if above is None:
-            return self.tx.fetch(st.PICK_CLAIMABLE, lane=lane_id, free=free)
-        return self.tx.fetch(st.PICK_ABOVE, lane=lane_id, free=free, above=above)
-
-    def _lock_limit(self, key: str) -> int:
-        """What a limit has come to; no other transaction decides by it before this one ends."""
-        found = self.tx.fetch(st.LOCK_LIMIT, name=key)
-        if not found:
-            self.tx.run(st.ADD_LIMIT, name=key, at=0)
-        return int(found[0][0]) if found else 0
-
-    def _tokens_in_use(self, bounded: dict[str, Bounds]) -> dict[str, int]:
-        """By token: those of all that runs, also elsewhere; their limits are locked."""
-        tokens = {token.name: token for limits in bounded.values() for token in limits.tokens}
-        if not tokens:
-            return {}
-        self._change_tally()
-        types = sorted({(type,) for token in tokens.values() for type in token.users})
-        running = dict(self.tx.fetch_rows(st.RUNNING_OF_TYPES, types))
-        return {
-            name: sum(int(running.get(type, 0)) * need for type, need in token.users.items())
-            for name, token in tokens.items()
-        }
 
     def _finish(self, finishes: list[Finish]) -> list[bool]:
         self.ended = [one.job.token for one in finishes]
@@ -816,12 +765,6 @@ def refuse_below(one: Submit, closed: set[int]) -> None:
     parent = min(parents_of([one]) & closed, default=None)
     if parent is not None:
         raise IsCancelled(f"job {parent} is cancelled: nothing more can be queued below it")
-
-
-def limit_keys(bounded: dict[str, Bounds]) -> list[str]:
-    """In the order in which all transactions lock them."""
-    keys = {token.key for limits in bounded.values() for token in limits.tokens}
-    return sorted(keys | {limits.rate_key for limits in bounded.values() if limits.rate})
 
 
 def new_tokens(k: int) -> list[int]:
