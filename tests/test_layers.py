@@ -21,7 +21,7 @@ FLOORS = (
     "writer statements",
     "limits joins record changes alerts drawing",
     "members",
-    "family",
+    "family dependents",
     "batch kinds ini",
     "filling",
     "config queue views attempt",

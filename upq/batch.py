@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from upq import alerts
+from upq import alerts, dependents
 from upq import log as logs
 from upq.changes import CHILD_KEY, IDEM_KEY, Claim, Finish, Submit, Want
 from upq.drawing import rows_for
@@ -23,8 +23,6 @@ from upq.errors import IsCancelled, KeyConflict, NotFound, RequestError
 from upq.events import Event
 from upq.family import Family, Goal
 from upq.job import (
-    BAD,
-    BLOCKED,
     CANCELLED,
     DONE,
     FAILED,
@@ -37,24 +35,14 @@ from upq.job import (
     NewJob,
 )
 from upq.joins import Joins, after_reason, block, branches_of, waits_reason
-from upq.limits import Limiter, has_limits, is_paced, kept, kept_text, turn_reason
-from upq.members import Members, kept_batch
+from upq.limits import Limiter, has_limits, is_paced, kept
+from upq.members import Members
 from upq.sql import Sql, Tx
 from upq.statements import jobs as st
 from upq.statements.family import AGAIN_BELOW
-from upq.statements.limits import PUT_IN_LINE
-from upq.statements.members import STILL_BLOCKED
-from upq.statements.waits import (
-    BLOCK_JOBS,
-    DELETE_EDGES,
-    DEPENDENTS_OF,
-    FREE_JOBS,
-    INSERT_EDGES,
-    LOWER_WAITS,
-    WAITS_OF,
-)
+from upq.statements.waits import INSERT_EDGES
 from upq.vault import Vault
-from upq.workflow import DELAY, JOIN, option
+from upq.workflow import JOIN, option
 from upq.writer import Replay
 
 log = logging.getLogger(__name__)
@@ -151,7 +139,7 @@ class Batch:
         #: Cancels that the next batches have to go on with, unasked.
         self.left: list[int] = []
         self._told: list[tuple[Callable[[bool], None], bool]] = []
-        self._joins = Joins(tx, home.vault)
+        self.joins = Joins(tx, home.vault)
         self._first = 0
         self._limiter: Limiter | None = None
         self.family = Family(self, home.cancelling)
@@ -460,7 +448,7 @@ class Batch:
                     edges += self._wait_for(row, after)
                 else:
                     there = {one.rows[at][0]: new.id for at, new in enumerate(accepted)}
-                    edges += self._joins.begin(row, branches, there)
+                    edges += self.joins.begin(row, branches, there)
             if key:
                 own[key] = (row[0], row[st.AT["params"]])
             accepted.append(Accepted(row[0]))
@@ -486,8 +474,8 @@ class Batch:
 
     def _heed_met(self) -> None:
         """Joins have come to wait for jobs of before: have them go on where those have ended."""
-        met, self._joins.met = self._joins.met, []
-        self._tell_dependents([*self.lock_states(met).items()])
+        met, self.joins.met = self.joins.met, []
+        dependents.tell(self, [*self.lock_states(met).items()])
 
     def _claim_at_once(self) -> None:
         """Start what was just queued where a place is free: it saves a commit and a hand-over."""
@@ -630,7 +618,7 @@ class Batch:
             and not (new.duplicate and self.limiter.is_behind(new.id, join))
         }
         if steps:
-            self._joins.stand_in(steps)
+            self.joins.stand_in(steps)
             self._heed_met()
         cancelled = [one.job.id for one in finishes if one.outcome.state == CANCELLED]
         self._close_below(submits, cancelled)
@@ -644,12 +632,7 @@ class Batch:
             if one.outcome.crashed:
                 self.tx.run(st.COUNT_CRASH, id=one.job.id)
                 self.crashed += one.outcome.state == FAILED
-        self._tell_dependents(states)
-
-    def _tell_dependents(self, states: Sequence[tuple[int, str]]) -> None:
-        """Those who wait for these jobs go on, or hear that one has ended badly."""
-        self._release_dependents([id for id, state in states if state == DONE])
-        self.hold_dependents([(id, state) for id, state in states if state in BAD])
+        dependents.tell(self, states)
 
     def lock_states(self, ids: Iterable[int]) -> dict[int, str]:
         """States of jobs, which nobody changes before the commit."""
@@ -667,91 +650,13 @@ class Batch:
             self._told.append((one.told, ours))
         return ours
 
-    # Jobs that wait for others
-
-    def _release_dependents(self, done: list[int]) -> None:
-        if not done:
-            return
-        ids = sorted((id,) for id in done)
-        waiting = self.tx.fetch_rows(DEPENDENTS_OF, ids)
-        if not waiting:
-            return
-        self.tx.run_rows(DELETE_EDGES, ids)
-        self.lower_waits(Counter(row[0] for row in waiting), done)
-
-    def lower_waits(self, fewer: Mapping[int, int], done: Iterable[int] = ()) -> None:
-        """Have dependents wait for so many jobs less; those that wait for none go on."""
-        counts = sorted(fewer.items())
-        self.tx.run_rows(LOWER_WAITS, counts)
-        free = []
-        turns = []
-        joins = {}
-        followups = []
-        for id, lane_id, run_at, attempt, waits, state, options in sorted(
-            self.tx.fetch_rows(WAITS_OF, [(id,) for id, _ in counts])
-        ):
-            if (branches := branches_of(options)) is not None:
-                joins[id] = branches
-            if waits or state != BLOCKED:
-                continue
-            if kept := kept_batch(options):
-                followups.append((id, kept))
-            delay_us = option(options, DELAY)
-            if delay_us is not None:
-                run_at = self.now + delay_us
-            limits = kept_text(options)
-            if "line" in limits:
-                reason = turn_reason(limits)
-                free.append((id, None, None, run_at))
-                turns.append((id, limits["line"], reason))
-                self.moved(id, lane_id, BLOCKED, QUEUED, reason=reason, attempt=attempt)
-                self.limiter.came(id, limits["line"])
-            else:
-                later = run_at is not None and run_at > self.now
-                free.append((id, None if later else lane_id, run_at if later else None, run_at))
-                self.note_due(run_at if later else None)
-                self.moved(id, lane_id, BLOCKED, QUEUED, attempt=attempt)
-        if joins:
-            self._joins.hand_on(joins, set(done))
-        if free:
-            self.tx.run_rows(FREE_JOBS, free)
-        if turns:
-            self.tx.run_rows(PUT_IN_LINE, turns)
-        if followups:
-            self.members.release(followups)
+    def hold_dependents(self, changed: list[tuple[int, str]]) -> None:
+        """Jobs have come to these states, and are not done: tell those who wait for them."""
+        dependents.hold(self, changed)
 
     def reopen(self, ids: Sequence[int], followups: Mapping[int, dict[str, Any]]) -> None:
-        """Jobs are queued again: who waits for their ends waits for one more. Follow-ups among them
-        go on when none of their members is left.
-        """
-        self.members.await_again(self.tx.fetch_rows(DEPENDENTS_OF, sorted((id,) for id in ids)))
-        if followups:
-            waits = {id: self.members.told(id, kept) for id, kept in sorted(followups.items())}
-            self.tx.run_rows(STILL_BLOCKED, list(waits.items()))
-            self.lower_waits(dict.fromkeys(followups, 0))
-            self.members.release(list(followups.items()))
-
-    def hold_dependents(self, changed: list[tuple[int, str]]) -> None:
-        """Say on those who wait for these jobs what they wait for, now that it has changed.
-
-        A follow-up to which it is all the same how its members end goes on when the last has.
-        """
-        if not changed:
-            return
-        states = dict(changed)
-        waiting = self.tx.fetch_rows(DEPENDENTS_OF, sorted((id,) for id in states))
-        if waiting:
-            batches = self.members.hold(waiting, states, self.lower_waits)
-            waiting = [row for row in waiting if row[0] not in batches]
-        reasons = {
-            id: after_reason(needs, states[needs])
-            if states[needs] in FINAL
-            else waits_reason([needs])
-            for id, needs, state in waiting
-            if state == BLOCKED
-        }
-        if reasons:
-            self.tx.run_rows(BLOCK_JOBS, sorted(reasons.items()))
+        """Jobs are queued again, batches among them: their ends are waited for once more."""
+        dependents.reopen(self, ids, followups)
 
 
 def parents_of(submits: Sequence[Submit]) -> set[int]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from upq.batch import Batch
 from upq.changes import Submit
+from upq.dependents import lower_waits
 from upq.errors import KeyConflict, NotFound, WrongState
 from upq.job import BAD, BATCH, BLOCKED, DONE, Accepted, Gathered, encode
 from upq.joins import block
@@ -103,7 +104,7 @@ def _add(batch: Batch, one: Filling, known: dict[str, tuple[int, str]]) -> Gathe
     if submit.replaces:
         batch.replace(submit, fresh, others)
     if not one.open:
-        batch.lower_waits({one.id: 1})
+        lower_waits(batch, {one.id: 1})
     return Gathered(one.id, jobs, duplicate=False, open=one.open, members=kept["n"])
 
 
