@@ -25,6 +25,7 @@ from upq.errors import RequestError
 from upq.events import Bus, Event
 from upq.job import Accepted, Job, NewJob
 from upq.queue import Queue, value_of
+from upq.retention import purge
 from upq.sql import Sql
 from upq.views import Views
 
@@ -84,6 +85,9 @@ class Store:
     def claim_one(self, type: str = "hash") -> Job:
         (job,) = self.claim(1, type)
         return job
+
+    def purge(self, state: str, before: int) -> int:
+        return purge(self.queue, state, before)
 
     def flush(self, deadline_s: float = 20) -> None:
         """Commit what was posted, when the database has been away, too."""

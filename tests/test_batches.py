@@ -529,7 +529,7 @@ def test_members_are_kept_until_the_follow_up_has_ended(store: Store) -> None:
     end(store, FAILED)
     end(store)
     forever = 1 << 60
-    assert store.queue.purge(DONE, forever) + store.queue.purge(FAILED, forever) == 0
+    assert store.purge(DONE, forever) + store.purge(FAILED, forever) == 0
     close(store, made.id)
     assert told(store, made.id)["failed"] == 1
 
@@ -539,7 +539,7 @@ def test_a_follow_up_that_is_gone_leaves_nothing(store: Store) -> None:
     end(store, FAILED)
     store.queue.cancel(made.id, "me")
     for state_ in (CANCELLED, CANCELLED, FAILED):  # those that it waits for go after it
-        store.queue.purge(state_, 1 << 60)
+        store.purge(state_, 1 << 60)
     assert store.fetch(sa.select(schema.job.c.id)) == []
     assert edges(store) == 0
     is_whole(store)

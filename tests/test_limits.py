@@ -30,7 +30,7 @@ from upq.job import (
     NewJob,
     Outcome,
 )
-from upq.queue import CRASH_LIMIT
+from upq.nodes import CRASH_LIMIT
 from upq.record import child_key
 from upq.sql import Sql, Tx
 from upq.statements.jobs import BY_CHILD_KEY, BY_IDEM_KEY

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import re
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,7 +21,6 @@ from tests.store_bench import claims_past, crowd
 from tests.stores import Store
 from upq import schema, when, writer
 from upq.batch import LEASE_S
-from upq.changes import Claim
 from upq.clauses import CHUNK
 from upq.errors import KeyConflict, NotFound, Unavailable, WrongState
 from upq.job import (
@@ -39,9 +37,9 @@ from upq.job import (
     Output,
     encode,
 )
-from upq.queue import CRASH_LIMIT, ID_BLOCK
+from upq.nodes import CRASH_LIMIT
+from upq.queue import ID_BLOCK
 from upq.sql import JSON_COLUMN, Sql, Tx
-from upq.statements.retention import DELETE_EVENTS
 from upq.statements.waits import LOWER_WAITS
 from upq.views import End
 
@@ -104,6 +102,11 @@ def at_once(*acts: Callable[[], object]) -> None:
     with ThreadPoolExecutor(len(acts)) as threads:
         for one in [threads.submit(act) for act in acts]:
             one.result(60)
+
+
+def reborn(url: str, dead: Store) -> Store:
+    dead.crash()
+    return Store(url)
 
 
 # Submit
@@ -468,7 +471,7 @@ def test_an_attempt_to_be_repeated_waits_for_its_time_and_keeps_its_data(store: 
 
 def make_due(store: Store, id: int) -> None:
     """Let the time come."""
-    store.queue._act(
+    store.queue.act(
         lambda batch: batch.tx.cursor.execute(
             f"UPDATE upq_job SET due_at = 5, run_at = 5 WHERE id = {id}"
         )
@@ -707,7 +710,7 @@ def test_what_is_due_is_staged_in_chunks(store: Store) -> None:
     far = store.submit("reverify", run_at=when.now() + 2 * HOUR)
     lane = store.queue.lane("hash", "hash").id
     assert store.queue.stage() == []
-    store.queue._act(
+    store.queue.act(
         lambda batch: batch.tx.cursor.execute(f"UPDATE upq_job SET due_at = 7 WHERE lane = {lane}")
     )
     ready = sa.select(sa.func.count()).where(job.c.ready == lane)
@@ -733,250 +736,6 @@ def test_the_next_due_is_known_after_a_restart(url: str) -> None:
 def test_a_time_that_is_over_waits_for_nothing(store: Store) -> None:
     id = store.submit(run_at=when.now() - 1)
     assert store.claim_one().id == id
-
-
-def test_a_beat_renews_only_our_claims(store: Store) -> None:
-    store.submit()
-    ours = store.claim_one()
-    before = store.row(ours.id).lease_until
-    with store.beside() as other:
-        other.queue.beat()
-        assert store.row(ours.id).lease_until == before
-    store.queue.beat()
-    assert store.row(ours.id).lease_until > before
-
-
-# The dead
-
-
-def reborn(url: str, dead: Store) -> Store:
-    dead.crash()
-    return Store(url)
-
-
-def test_jobs_of_the_dead_go_back_and_their_nodes_are_forgotten(url: str) -> None:
-    store = Store(url)
-    ids = [store.submit() for _ in range(3)]
-    store.claim(2)
-    with reborn(url, store) as store:
-        dead, owners = store.queue.orphans(), store.queue.dead_nodes()
-        assert [one.id for one in dead] == ids[:2]
-        assert len(owners) == 1
-        assert store.queue.rescue(dead, lambda _: ((), None)) == 2
-        store.queue.forget_nodes(owners)
-        assert store.queue.dead_nodes() == []
-        again = store.claim(9)
-        assert [(one.id, one.attempt, one.starts, one.crashes) for one in again] == [
-            (ids[0], 1, 2, 1),
-            (ids[1], 1, 2, 1),
-            (ids[2], 1, 1, 0),
-        ]
-        assert history(store, ids[0])[-2] == (QUEUED, "interrupted")
-        assert tallied(store) == counted(store)
-        assert store.queue.rescued == 2
-
-
-def test_other_nodes_and_machines_are_not_declared_dead(url: str) -> None:
-    if url.startswith("sqlite"):
-        pytest.skip("SQLite serves one daemon")
-    with (
-        Store(url) as store,
-        Store(url, "other node") as other,
-        Store(url, machine="elsewhere") as far,
-    ):
-        store.submit()
-        other.claim_one()
-        assert store.queue.dead_nodes() == far.queue.dead_nodes() == []
-        assert store.queue.orphans() == far.queue.orphans() == []
-
-
-def test_many_jobs_of_the_dead_are_found_in_pages(url: str) -> None:
-    store = Store(url)
-    store.submit()
-    claimed = store.claim_one()
-    store.copy(claimed.id, CHUNK + 5)
-    with reborn(url, store) as store:
-        dead = store.queue.orphans()
-        assert len({one.id for one in dead}) == CHUNK + 6
-        assert store.queue.rescue(dead, lambda _: ((), None)) == CHUNK + 6
-        assert tallied(store) == counted(store)
-
-
-def test_a_job_that_kills_its_daemon_too_often_fails_as_crashed(url: str) -> None:
-    store = Store(url)
-    id = store.submit()
-    last = store.submit(after=(id,))
-    for n in range(1, CRASH_LIMIT + 1):
-        assert store.claim_one().id == id
-        store = reborn(url, store)
-        dead, owners = store.queue.orphans(), store.queue.dead_nodes()
-        assert store.queue.rescue(dead, lambda one: ([NewJob("notify", {"of": one.id})], None)) == 1
-        store.queue.forget_nodes(owners)
-        assert store.queue.crashed == (n == CRASH_LIMIT)
-    with store:
-        seen = store.views.job(id)
-        assert (seen["state"], seen["reason"], seen["crashes"]) == (FAILED, "crashed", CRASH_LIMIT)
-        assert seen["ended_at"]
-        assert [one.params for one in store.claim(9, "notify")] == [{"of": id}]
-        assert f"job {id} is failed" in store.views.job(last)["reason"]
-        assert tallied(store) == counted(store)
-        store.queue.retry(id, "root")
-        assert store.claim_one().crashes == 0
-
-
-def test_a_parent_that_waited_is_not_blamed(url: str) -> None:
-    store = Store(url)
-    id = store.submit()
-    for _ in range(CRASH_LIMIT + 1):
-        parent = store.claim_one()
-        assert parent.id == id
-        store.queue.set_reason(parent, "waits for 18")
-        store.flush()
-        store = reborn(url, store)
-        store.queue.rescue(store.queue.orphans(), lambda _: ((), None))
-    with store:
-        assert store.views.job(id)["crashes"] == 0
-
-
-def test_strays_are_claims_that_nobody_heard_of(store: Store) -> None:
-    for _ in range(2):
-        store.submit()
-    known, stray = store.claim(2)
-    store.queue._held.remove(stray.token)  # as when the commit of the claim was in doubt
-    assert store.queue.release_strays() == [stray.lane]
-    again = store.claim_one()
-    assert (again.id, again.crashes, again.attempt) == (stray.id, 0, 1)
-    assert end(store, known)
-    assert store.queue.release_strays() == []
-
-
-def test_what_the_same_transaction_has_claimed_is_no_stray(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ids = [store.submit() for _ in range(2)]
-    stray = store.claim_one()
-    store.queue._held.remove(stray.token)
-    run, claim = store.queue.writer.run, Claim([(stray.lane, 1)])
-    monkeypatch.setattr(store.queue.writer, "run", lambda acts: run([claim, *acts])[1:])
-    assert store.queue.release_strays() == [stray.lane]  # and not that of the claim, too
-    monkeypatch.undo()
-    assert [store.row(id).state for id in ids] == [QUEUED, RUNNING]
-    assert store.queue.release_strays() == []
-    assert tallied(store) == counted(store)
-
-
-def test_a_posted_end_is_no_stray(store: Store) -> None:
-    store.submit()
-    store.queue.finish(store.claim_one(), Outcome(DONE))
-    assert store.queue.release_strays() == []
-    assert [one["state"] for one in store.views.jobs([])] == [DONE]
-
-
-# Purge
-
-
-def test_purge_takes_what_is_old_with_its_history(store: Store) -> None:
-    old, kept = store.submit(), store.submit()
-    other = store.submit()
-    one, two, three = store.claim(3)
-    end(store, one, output=Output("x", 1, False))
-    end(store, two, FAILED)
-    before = when.now()
-    end(store, three)
-    assert store.queue.purge(DONE, before) == 1
-    with pytest.raises(NotFound):
-        store.views.job(old)
-    assert store.views.history(old) == []
-    assert store.fetch(sa.select(schema.output)) == []
-    assert {kept, other} == {one["id"] for one in store.views.jobs([])}
-    assert tallied(store) == counted(store)
-    assert store.queue.purge(DONE, before) == 0
-
-
-def test_purge_works_in_chunks(store: Store) -> None:
-    store.submit()
-    done = store.claim_one()
-    end(store, done)
-    store.copy(done.id, CHUNK + 3)
-    assert [store.queue.purge(DONE, when.now() + 1) for _ in range(3)] == [CHUNK, 4, 0]
-    assert tallied(store) == counted(store) == {}
-
-
-def test_purge_frees_the_key(store: Store) -> None:
-    first = store.submit(key="a")
-    end(store, store.claim_one())
-    store.queue.purge(DONE, when.now() + 1)
-    assert store.submit(key="a") != first
-
-
-def test_purge_keeps_children_of_a_parent_that_has_not_ended(store: Store) -> None:
-    parent = store.submit()
-    running = store.claim_one()
-    child = store.submit(parent=parent, root=parent)
-    end(store, store.claim_one())
-    assert store.queue.purge(DONE, when.now() + 1) == 0
-    assert store.views.end(child)
-    end(store, running)
-    assert store.queue.purge(DONE, when.now() + 1) == 2
-
-
-def test_purge_keeps_what_others_wait_for(store: Store) -> None:
-    first = store.submit()
-    last = store.submit(after=(first,))
-    end(store, store.claim_one(), FAILED)
-    assert store.queue.purge(FAILED, when.now() + 1) == 0
-    store.queue.cancel(last, "root")
-    assert store.queue.purge(CANCELLED, when.now() + 1) == 1
-    assert store.queue.purge(FAILED, when.now() + 1) == 1
-    assert store.fetch(sa.select(schema.edge)) == []
-
-
-def test_two_daemons_that_purge_at_once_count_each_job_once(url: str) -> None:
-    with Store(url) as store, store.beside() as other:
-        store.submit()
-        done = store.claim_one()
-        end(store, done)
-        store.copy(done.id, 3 * CHUNK)
-        purged: list[int] = []
-
-        def purge(here: Store) -> Callable[[], None]:
-            return lambda: purged.extend(here.queue.purge(DONE, when.now() + 1) for _ in range(4))
-
-        at_once(purge(store), purge(other))
-        while n := store.queue.purge(DONE, when.now() + 1):  # what each had left to the other
-            purged.append(n)
-        assert sum(purged) == 3 * CHUNK + 1
-        assert tallied(store) == counted(store) == {}
-
-
-def test_a_job_retried_while_another_daemon_purges_is_not_lost(
-    url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    looked, retried = threading.Event(), threading.Event()
-    execute = Tx._execute
-
-    def slow(tx: Tx, sql: Sql, text: str, given: Any) -> None:
-        if sql is DELETE_EVENTS:  # what is old was looked up, nothing is deleted yet
-            looked.set()
-            retried.wait(0.5)
-        execute(tx, sql, text, given)
-
-    with Store(url) as store, store.beside() as other:
-        if not store.queue.shared:
-            pytest.skip("SQLite serves one daemon")
-        id = store.submit()
-        end(store, store.claim_one(), FAILED)
-        monkeypatch.setattr(Tx, "_execute", slow)
-
-        def retry() -> None:
-            looked.wait(10)
-            with suppress(NotFound):  # it was purged before
-                store.queue.retry(id, "root")
-                retried.set()
-
-        at_once(retry, lambda: other.queue.purge(FAILED, when.now() + 1))
-        assert bool(counted(store)) == retried.is_set()
-        assert tallied(store) == counted(store)
 
 
 # Ids, lanes, events, counts
@@ -1022,7 +781,7 @@ def test_no_id_is_given_twice_to_many_threads(sqlite: Store) -> None:
 def test_ids_do_not_go_back_when_a_later_block_is_there_first(
     sqlite: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    act, others = sqlite.queue._act, []
+    act, others = sqlite.queue.act, []
 
     def overtaken(run: Callable[[Any], Any]) -> int:
         block = int(act(run))
@@ -1031,7 +790,7 @@ def test_ids_do_not_go_back_when_a_later_block_is_there_first(
         return block
 
     sqlite.queue._skip_ids()
-    monkeypatch.setattr(sqlite.queue, "_act", overtaken)
+    monkeypatch.setattr(sqlite.queue, "act", overtaken)
     mine = sqlite.queue.reserve_ids(1)
     assert mine < others[0] < sqlite.queue.reserve_ids(1)
 
@@ -1107,7 +866,7 @@ def test_counts_hold_under_all_transitions_of_two_daemons(url: str) -> None:
                         state = (DONE, FAILED, QUEUED, DONE)[n % 4]
                         here.queue.finish(one, Outcome(state))
                     here.queue.beat()
-                    here.queue.purge(FAILED, when.now())
+                    here.purge(FAILED, when.now())
                 here.flush()
 
             return some_work
@@ -1240,7 +999,7 @@ class Model(RuleBasedStateMachine):
     def purge(self) -> None:
         """Nothing waits for what is done, and here what is done is a child only of such."""
         gone = {id for id, state in self.state.items() if state == DONE}
-        assert self.store.queue.purge(DONE, when.now() + 1) == len(gone)
+        assert self.store.purge(DONE, when.now() + 1) == len(gone)
         for id in gone:
             del self.state[id]
         for needs in self.needs.values():
@@ -1316,19 +1075,10 @@ def test_no_change_reads_the_whole_table(store: Store, monkeypatch: pytest.Monke
         queue.stage()
         store.submit()
         queue.rescue(store.claim(2), lambda _: ((), None))
-        queue.purge(CANCELLED, 5), queue.purge(DONE, 5)
+        store.purge(CANCELLED, 5), store.purge(DONE, 5)
     slow = {name: ms for name, ms in spent_ms.items() if ms > FEW_ROWS_MS}
     assert len(spent_ms) > 30
     assert slow == {}
-
-
-@pytest.mark.slow
-@pytest.mark.alone
-def test_purge_reads_only_what_it_deletes(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    store.copy(crowd(store, 50_000).done, 3 * CHUNK)
-    spent_ms = measured(monkeypatch)
-    assert [store.queue.purge(DONE, when.now() + 1) for _ in range(3)] == [CHUNK] * 3
-    assert {name: ms for name, ms in spent_ms.items() if ms > 5 * FEW_ROWS_MS} == {}
 
 
 def measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
 from tests import stores
+from tests.store_bench import crowd
 from tests.stores import Store
-from tests.test_queue import FEW_ROWS_MS, measured
+from tests.test_queue import FEW_ROWS_MS, at_once, counted, end, measured, tallied
 from upq import schema, when
 from upq.batch import Batch
 from upq.clauses import CHUNK
 from upq.config import Db, JobSettings, Settings
+from upq.errors import NotFound
 from upq.job import (
     CANCELLED,
     DONE,
@@ -32,6 +36,8 @@ from upq.job import (
 from upq.kinds import Unique
 from upq.limits import Limiter
 from upq.retention import Retention, kept_s
+from upq.sql import Sql, Tx
+from upq.statements.retention import DELETE_EVENTS
 
 database, url, store = stores.database, stores.url, stores.store
 
@@ -221,7 +227,7 @@ def test_nobody_waits_for_a_job_that_is_deleted_at_that_moment(
 
         def purge() -> None:
             if store.queue.shared:
-                other.queue.purge(DONE, when.now() - round(14 * DAY_S * 1e6))
+                other.purge(DONE, when.now() - round(14 * DAY_S * 1e6))
 
         find, accept = Limiter.holders, Batch.accept
 
@@ -269,5 +275,121 @@ def test_numbers_of_events_are_not_given_twice(url: str) -> None:
         store.queue.finish(store.claim_one(), Outcome(DONE))
         store.flush()
         latest = max(change["n"] for change in store.views.history(id))
-        assert store.queue.purge(DONE, when.now() + 1) == 1
+        assert store.purge(DONE, when.now() + 1) == 1
         store.crash()
+
+
+# Purge
+
+
+def test_purge_takes_what_is_old_with_its_history(store: Store) -> None:
+    old, kept = store.submit(), store.submit()
+    other = store.submit()
+    one, two, three = store.claim(3)
+    end(store, one, output=Output("x", 1, False))
+    end(store, two, FAILED)
+    before = when.now()
+    end(store, three)
+    assert store.purge(DONE, before) == 1
+    with pytest.raises(NotFound):
+        store.views.job(old)
+    assert store.views.history(old) == []
+    assert store.fetch(sa.select(schema.output)) == []
+    assert {kept, other} == {one["id"] for one in store.views.jobs([])}
+    assert tallied(store) == counted(store)
+    assert store.purge(DONE, before) == 0
+
+
+def test_purge_works_in_chunks(store: Store) -> None:
+    store.submit()
+    done = store.claim_one()
+    end(store, done)
+    store.copy(done.id, CHUNK + 3)
+    assert [store.purge(DONE, when.now() + 1) for _ in range(3)] == [CHUNK, 4, 0]
+    assert tallied(store) == counted(store) == {}
+
+
+def test_purge_frees_the_key(store: Store) -> None:
+    first = store.submit(key="a")
+    end(store, store.claim_one())
+    store.purge(DONE, when.now() + 1)
+    assert store.submit(key="a") != first
+
+
+def test_purge_keeps_children_of_a_parent_that_has_not_ended(store: Store) -> None:
+    parent = store.submit()
+    running = store.claim_one()
+    child = store.submit(parent=parent, root=parent)
+    end(store, store.claim_one())
+    assert store.purge(DONE, when.now() + 1) == 0
+    assert store.views.end(child)
+    end(store, running)
+    assert store.purge(DONE, when.now() + 1) == 2
+
+
+def test_purge_keeps_what_others_wait_for(store: Store) -> None:
+    first = store.submit()
+    last = store.submit(after=(first,))
+    end(store, store.claim_one(), FAILED)
+    assert store.purge(FAILED, when.now() + 1) == 0
+    store.queue.cancel(last, "root")
+    assert store.purge(CANCELLED, when.now() + 1) == 1
+    assert store.purge(FAILED, when.now() + 1) == 1
+    assert store.fetch(sa.select(schema.edge)) == []
+
+
+def test_two_daemons_that_purge_at_once_count_each_job_once(url: str) -> None:
+    with Store(url) as store, store.beside() as other:
+        store.submit()
+        done = store.claim_one()
+        end(store, done)
+        store.copy(done.id, 3 * CHUNK)
+        purged: list[int] = []
+
+        def purge(here: Store) -> Callable[[], None]:
+            return lambda: purged.extend(here.purge(DONE, when.now() + 1) for _ in range(4))
+
+        at_once(purge(store), purge(other))
+        while n := store.purge(DONE, when.now() + 1):  # what each had left to the other
+            purged.append(n)
+        assert sum(purged) == 3 * CHUNK + 1
+        assert tallied(store) == counted(store) == {}
+
+
+def test_a_job_retried_while_another_daemon_purges_is_not_lost(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked, retried = threading.Event(), threading.Event()
+    execute = Tx._execute
+
+    def slow(tx: Tx, sql: Sql, text: str, given: Any) -> None:
+        if sql is DELETE_EVENTS:  # what is old was looked up, nothing is deleted yet
+            looked.set()
+            retried.wait(0.5)
+        execute(tx, sql, text, given)
+
+    with Store(url) as store, store.beside() as other:
+        if not store.queue.shared:
+            pytest.skip("SQLite serves one daemon")
+        id = store.submit()
+        end(store, store.claim_one(), FAILED)
+        monkeypatch.setattr(Tx, "_execute", slow)
+
+        def retry() -> None:
+            looked.wait(10)
+            with suppress(NotFound):  # it was purged before
+                store.queue.retry(id, "root")
+                retried.set()
+
+        at_once(retry, lambda: other.purge(FAILED, when.now() + 1))
+        assert bool(counted(store)) == retried.is_set()
+        assert tallied(store) == counted(store)
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+def test_purge_reads_only_what_it_deletes(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.copy(crowd(store, 50_000).done, 3 * CHUNK)
+    spent_ms = measured(monkeypatch)
+    assert [store.purge(DONE, when.now() + 1) for _ in range(3)] == [CHUNK] * 3
+    assert {name: ms for name, ms in spent_ms.items() if ms > 5 * FEW_ROWS_MS} == {}

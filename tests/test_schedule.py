@@ -19,8 +19,9 @@ from upq.config import ScheduleSettings
 from upq.errors import Busy, Unavailable
 from upq.job import NewJob
 from upq.protocol import SUBMIT, Request
-from upq.queue import Due, Queue, value_of
+from upq.queue import value_of
 from upq.schedule import SLOTS, Scheduler, plan
+from upq.slots import Due, Slots
 from upq.statements.slots import ADD_SLOTS
 from upq.when import Times, instant, iso
 
@@ -54,7 +55,7 @@ def make(one: ScheduleSettings, at: int) -> NewJob:
 
 
 def scheduler(at: Store, clock: Clock, *schedules: ScheduleSettings) -> Scheduler:
-    made = Scheduler(at.queue, make, clock)
+    made = Scheduler(Slots(at.queue), make, clock)
     made.configure({one.name: one for one in schedules})
     made.step()
     return made
@@ -311,7 +312,8 @@ def test_two_daemons_that_come_back_at_once_make_up_for_it_once(url: str) -> Non
         for n in range(10):
             clock.at += 7 * HOUR + 3 * MINUTE
             ahead = Clock(clock.at + 30 * SECOND)
-            made = [Scheduler(store.queue, make, clock), Scheduler(other.queue, make, ahead)]
+            made = [Scheduler(Slots(store.queue), make, clock),
+                    Scheduler(Slots(other.queue), make, ahead)]  # fmt: skip
             for each in made:
                 each.configure({"a": one})
             at_once(*(each.step for each in made))
@@ -352,7 +354,7 @@ def test_what_the_database_did_not_take_fires_when_it_is_back(
     made = scheduler(store, clock, schedule("a", "every 10m"))
     clock.at += 10 * MINUTE
     with monkeypatch.context() as patch:
-        patch.setattr(Queue, "fire", broken)
+        patch.setattr(Slots, "fire", broken)
         with pytest.raises(Unavailable):
             made.step()
     made.step()
@@ -369,14 +371,14 @@ def test_what_committed_without_an_answer_does_not_fire_again(
     clock = Clock()
     made = scheduler(store, clock, schedule("a", "every 10m"))
     clock.at += 10 * MINUTE
-    fire = Queue.fire
+    fire = Slots.fire
 
-    def doubtful(queue: Queue, due: list[Due], until: int) -> None:
-        fire(queue, due, until)
+    def doubtful(slots: Slots, due: list[Due], until: int) -> None:
+        fire(slots, due, until)
         broken()
 
     with monkeypatch.context() as patch:
-        patch.setattr(Queue, "fire", doubtful)
+        patch.setattr(Slots, "fire", doubtful)
         with pytest.raises(Unavailable):
             made.step()
     made.step()
@@ -432,9 +434,9 @@ def test_old_slots_go_but_the_last_ones(store: Store) -> None:
         made.step()
     made.configure({"b": schedule("b", "every 45m")})
     made.step()
-    assert store.queue.purge_slots(NOON + 30 * MINUTE) == 29 + 2  # and where both began
-    assert store.queue.purge_slots(NOON + DAY) == 60 + 2
-    assert store.queue.purge_slots(NOON + DAY) == 0
+    assert Slots(store.queue).purge(NOON + 30 * MINUTE) == 29 + 2  # and where both began
+    assert Slots(store.queue).purge(NOON + DAY) == 60 + 2
+    assert Slots(store.queue).purge(NOON + DAY) == 0
     last = {name: at for name, (at, _, _) in store.views.fired(["a", "b"]).items()}
     assert last == {"a": NOON + 90 * MINUTE, "b": NOON + 90 * MINUTE}
     clock.at = NOON + 100 * DAY + 20 * MINUTE
@@ -462,7 +464,7 @@ def test_no_statement_reads_more_than_a_few_slots(
         clock.at += SECOND
         made.step()
         scheduler(store, clock, schedule("a", "every 1s", "all"), schedule("b", "every 1s"))
-        store.queue.purge_slots(NOON + 50)
+        Slots(store.queue).purge(NOON + 50)
     assert len(fired(store)) == 10
     assert {
         "HEADS_FREE",

@@ -65,7 +65,7 @@ def test_steps_outlive_a_retry_and_go_with_their_job(store: Store) -> None:
         store.queue.finish(job, Outcome(state))
         store.flush()
     store.queue.retry(steps(store)[0][0], "root")
-    assert store.queue.purge(DONE, 1 << 60) == 1
+    assert store.purge(DONE, 1 << 60) == 1
     assert [(name, text) for _, name, text in steps(store)] == [("draw", '"failed"')]
 
 

@@ -639,7 +639,7 @@ def test_results_outlive_the_jobs_that_had_them(plant: Plant) -> None:
     fork(plant)
     plant.start()
     plant.next("left")
-    assert plant.store.queue.purge(DONE, when.now() + 1) == 2
+    assert plant.store.purge(DONE, when.now() + 1) == 2
     plant.next("right")
     assert plant.one("join")["jobdata"]["left"] == {"made": "left"}
 

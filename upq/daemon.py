@@ -36,14 +36,16 @@ from upq.errors import (
 from upq.events import Bus
 from upq.jobtypes import JobTypes, pool_key
 from upq.lobby import Lobby
+from upq.nodes import BEAT_S
 from upq.plugins import UpqJob
 from upq.pool import Pool, SharedPool
 from upq.process import ProcessJob
-from upq.queue import BEAT_S, Queue
+from upq.queue import Queue
 from upq.retention import Retention
 from upq.runner import Runner
 from upq.schedule import Scheduler, faults_of
 from upq.server import Door, Place, bind_tcp, bind_unix
+from upq.slots import Slots
 from upq.trees import Lifeline, end_orphans
 from upq.vault import Vault
 from upq.views import Views
@@ -189,7 +191,8 @@ class Daemon:
         self._dispatcher.reload = self.reload
         self._dispatcher.abandoned = lambda: self._runner.threads.abandoned
         self._retention = Retention(self._queue, settings)
-        self._scheduler = Scheduler(self._queue, self._dispatcher.scheduled)
+        self._slots = Slots(self._queue)
+        self._scheduler = Scheduler(self._slots, self._dispatcher.scheduled)
         self._scheduler.configure(settings.schedules)
         self._dispatcher.schedules = self._scheduler.list_all
         self._make_pools()
@@ -308,7 +311,7 @@ class Daemon:
         self._retention.step(self._stopped.wait)
 
     def _purge_slots(self) -> None:
-        self._queue.purge_slots(when.now() - SLOTS_KEPT_S * 1_000_000)
+        self._slots.purge(when.now() - SLOTS_KEPT_S * 1_000_000)
 
     def _tend_health(self) -> None:
         self._queue.tend_health(self._types.told_in_groups())

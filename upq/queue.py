@@ -8,17 +8,15 @@ follows an end is said by the caller.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from upq import alerts, when
-from upq.batch import LEASE_S, Act, Batch
+from upq.batch import Act, Batch
 from upq.changes import Claim, Finish, Submit, Want
 from upq.clauses import CHUNK
 from upq.db import Database
@@ -30,8 +28,6 @@ from upq.filling import Filling, fill
 from upq.health import Rules, Wish
 from upq.job import (
     CANCELLED,
-    DONE,
-    FAILED,
     FINAL,
     QUEUED,
     RUNNING,
@@ -50,14 +46,13 @@ from upq.limits import (
     LINE_CHARS,
     PACED,
     SHOWN_CHARS,
-    kept,
     pace_reason,
     turn_reason,
 )
+from upq.nodes import Node, forget, is_over, requeue, running_of
 from upq.notify import NOTIFY
 from upq.record import (
     clean,
-    crashes_of,
     digest,
     progress_text,
     read_claimed,
@@ -65,27 +60,12 @@ from upq.record import (
 )
 from upq.sql import Tx
 from upq.statements import jobs as st
-from upq.statements import retention, slots, waits
-from upq.statements.nodes import (
-    ADD_NODE,
-    BEAT_JOBS,
-    BEAT_NODE,
-    DROP_NODE,
-    NODES,
-    OWNERS,
-    REQUEUE_JOBS,
-    RUNNING_OF,
-)
 from upq.vault import Vault
 from upq.workflow import tie
-from upq.writer import Replay, Writer
+from upq.writer import Writer
 
 log = logging.getLogger(__name__)
 
-#: Seconds between two renewals of this daemon's claims.
-BEAT_S = 10
-#: Starts that may end with the death of the daemon before the job is failed as `crashed`.
-CRASH_LIMIT = 3
 #: Job ids reserved at a time; what is left of a block is lost only by a crash.
 ID_BLOCK = 1000
 
@@ -101,40 +81,6 @@ class Lane(NamedTuple):
     queue: str
     type: str
     paused: bool
-
-
-def always(type: str) -> bool:
-    return True
-
-
-@dataclass(slots=True)
-class Walk:
-    """A way through the jobs of one final state, from the first that ended on."""
-
-    #: Whether jobs of this type are to go.
-    due: Callable[[str], bool] = always
-    #: The end and the id of the last job seen.
-    mark: tuple[int, int] = (-1, 0)
-    #: Nothing is left that ended before the time given.
-    is_over: bool = False
-
-
-class Due(NamedTuple):
-    """Slots of a schedule whose time has come, in order, each with its job or None to pass it."""
-
-    schedule: str
-    #: The last slot that was known before.
-    after: int
-    slots: list[tuple[int, NewJob | None]]
-
-
-class Fired(NamedTuple):
-    """What has become of them."""
-
-    #: The last slot now; None when another daemon has the schedule in hand.
-    last: int | None
-    #: The slots with the jobs that are queued now, or why they are not.
-    jobs: list[tuple[int, Accepted | RequestError]]
 
 
 class Cancelled(NamedTuple):
@@ -199,9 +145,9 @@ class Queue:
         self.node_name = node_name
         #: Encrypts what is secret; without keys it leaves all as it is.
         self.vault = Vault()
-        self.machine = machine
         #: This incarnation: never reused, whatever pid or name.
         self.owner = uuid.uuid4().hex
+        self._node = Node(self.owner, node_name, machine, self.shared)
         #: Lanes by id; replaced as a whole, never changed.
         self.lanes: dict[int, Lane] = {}
         #: The earliest time that a waiting job becomes due, or None.
@@ -241,12 +187,11 @@ class Queue:
             for name in ("job", "event"):
                 if not batch.tx.fetch(st.FIND_COUNTER, name=name):
                     batch.tx.run(st.ADD_COUNTER, name=name)
-            batch.tx.run(ADD_NODE, owner=self.owner, name=self.node_name,
-                         machine=self.machine, pid=os.getpid(), now=batch.now)  # fmt: skip
+            self._node.enter(batch)
             batch.family.under_way()
             return batch.tx.fetch(st.LANES)
 
-        self._know(read_lane(*row) for row in self._act(enter))
+        self._know(read_lane(*row) for row in self.act(enter))
         self.stage()
 
     def close(self) -> None:
@@ -255,9 +200,9 @@ class Queue:
         def leave(batch: Batch) -> None:
             # With no block reserved this matches no row: no counter is below 0.
             batch.tx.run(st.GIVE_BACK_IDS, first=self._next_id - 1, last=self._end_id - 1)
-            batch.tx.run(DROP_NODE, owner=self.owner)
+            forget(batch, [self.owner])
 
-        self._act(leave)
+        self.act(leave)
         self.writer.close()
 
     @property
@@ -320,7 +265,8 @@ class Queue:
             self.claims.settle(queued, batch.booked, claimed)
             self._bus.publish(batch.events)
 
-    def _act(self, run: Callable[[Batch], Any]) -> Any:
+    def act(self, run: Callable[[Batch], Any]) -> Any:
+        """Run a rare change in a transaction; what it returns or raises goes to the caller."""
         return value_of(self.writer.run([Act(run)])[0])
 
     def _know(self, lanes: Iterable[Lane]) -> None:
@@ -350,10 +296,10 @@ class Queue:
 
         made: Lane
         try:
-            made = self._act(make)
+            made = self.act(make)
         except Unavailable:
             # Another daemon made it at the same moment; a second look finds it.
-            made = self._act(make)
+            made = self.act(make)
         self._know([made])
         return made
 
@@ -385,7 +331,7 @@ class Queue:
         if first is not None:
             return first
         size = max(k, ID_BLOCK)
-        block = int(self._act(lambda batch: batch.numbers("job", size)))
+        block = int(self.act(lambda batch: batch.numbers("job", size)))
         with self._ids_lock:
             if block < self._end_id:
                 # Another thread was given a later block and is here first. What is left of this
@@ -407,7 +353,7 @@ class Queue:
 
         Raises Unavailable or Uncertain for all. Returns in the order given.
         """
-        changes = [self._change(jobs) for jobs in batches]
+        changes = [self.change(jobs) for jobs in batches]
         return self.writer.run(changes)
 
     def fill(self, members: Sequence[NewJob], how: Gather) -> Gathered:
@@ -435,7 +381,8 @@ class Queue:
         filled: Gathered = value_of(self.writer.run([act])[0])
         return filled
 
-    def _change(self, jobs: Sequence[NewJob]) -> Submit:
+    def change(self, jobs: Sequence[NewJob]) -> Submit:
+        """Jobs to queue, all or none: as rows, with their ids, in lanes that are there."""
         now = when.now()
         first = self._first_id(jobs)
         if len(jobs) > 1 and any(one.joins for one in jobs):
@@ -543,7 +490,7 @@ class Queue:
                 result,
                 kept,
                 None if outcome.progress is None else progress_text(outcome.progress),
-                self._change(then) if then else None,
+                self.change(then) if then else None,
                 told,
                 wish,
                 refused,
@@ -566,7 +513,7 @@ class Queue:
             return states[id], *batch.family.cancel_below(Goal([id], (), who, text))
 
         text = f"cancelled by {who}"
-        was, n, cancel = self._act(begin)
+        was, n, cancel = self.act(begin)
         n += self._go_on(cancel)
         if was in FINAL and not n:
             raise WrongState(f"job {id} is {was} already")
@@ -580,7 +527,7 @@ class Queue:
             return states, *batch.family.cancel_below(Goal(ids, (), who, text))
 
         text = f"cancelled by {who}"
-        states, n, cancel = self._act(begin)
+        states, n, cancel = self.act(begin)
         n += self._go_on(cancel)
         return [id for id, state in states.items() if state not in FINAL], n
 
@@ -590,7 +537,7 @@ class Queue:
             return 0
         n, is_over = 0, False
         while not is_over:
-            more, is_over = self._act(lambda batch: batch.family.go_on(cancel))
+            more, is_over = self.act(lambda batch: batch.family.go_on(cancel))
             n += more
         return n + self._caught.pop(cancel, 0)
 
@@ -602,7 +549,7 @@ class Queue:
         """Have cancels gone on with that have come to a stand: nothing has been done for them since
         the last call. At once: all there are.
         """
-        before, self._cancels = self._cancels, self._act(lambda batch: batch.family.steps())
+        before, self._cancels = self._cancels, self.act(lambda batch: batch.family.steps())
         # Who waits for one has heard of its end long ago.
         for id in set(self._caught) - before.keys() - self._cancels.keys():
             del self._caught[id]
@@ -625,7 +572,7 @@ class Queue:
                 raise IsCancelled(f"job {parent} is cancelled: nothing below it runs again")
             batch.family.retry([id], who, alone=True)
 
-        self._act(run) if parent is not None else self._after_cancels([id], run)
+        self.act(run) if parent is not None else self._after_cancels([id], run)
         self.asked_again += 1
 
     def _after_cancels(self, ids: Sequence[int], run: Callable[[Batch], Any]) -> Any:
@@ -636,7 +583,7 @@ class Queue:
             return cancels, None if cancels else run(batch)
 
         while True:
-            cancels, found = self._act(look)
+            cancels, found = self.act(look)
             if not cancels:
                 return found
             for cancel in cancels:
@@ -644,7 +591,7 @@ class Queue:
 
     def check_repeat(self, parent: int, holder: int) -> None:
         """Raises WrongState when a child of `parent` cannot be this job, which waits for it."""
-        self._act(lambda batch: batch.limiter.check_repeat(parent, holder))
+        self.act(lambda batch: batch.limiter.check_repeat(parent, holder))
 
     def retry_many(self, ids: Sequence[int], who: str) -> list[int]:
         """The same for at most CHUNK jobs; left out are those that are queued again meanwhile."""
@@ -690,7 +637,7 @@ class Queue:
         """Stop or resume the claims of a queue; survives a restart."""
         if not any(one.queue == queue for one in self.lanes.values()):
             raise NotFound(f"no job has gone to queue {queue} yet")
-        self._act(lambda batch: batch.tx.run(st.PAUSE, name=queue, paused=int(paused)))
+        self.act(lambda batch: batch.tx.run(st.PAUSE, name=queue, paused=int(paused)))
         self._know(one._replace(paused=paused) for one in self.lanes.values() if one.queue == queue)
 
     # Chores
@@ -704,15 +651,15 @@ class Queue:
             batch.family.under_way()
             return batch.tx.fetch(st.LANES)
 
-        self._know(read_lane(*row) for row in self._act(learn))
+        self._know(read_lane(*row) for row in self.act(learn))
 
     def laden(self) -> set[int]:
         """Lanes in which something is queued."""
-        return {row[0] for row in self._act(lambda batch: batch.tx.fetch(st.LADEN_LANES))}
+        return {row[0] for row in self.act(lambda batch: batch.tx.fetch(st.LADEN_LANES))}
 
     def asked_to_end(self) -> list[tuple[int, int]]:
         """Running jobs of this daemon that were cancelled, maybe by way of another: lane, token."""
-        rows = self._act(lambda batch: batch.tx.fetch(st.ASKED_TO_END, owner=self.owner))
+        rows = self.act(lambda batch: batch.tx.fetch(st.ASKED_TO_END, owner=self.owner))
         return [(lane_id, token) for lane_id, token in rows]
 
     def stage(self) -> list[int]:
@@ -726,17 +673,17 @@ class Queue:
             batch.forget_due(min((at for at in following if at is not None), default=None))
             return {row[1] for row in due}
 
-        return list(self._act(run))
+        return list(self.act(run))
 
     def expire(self, then: Follow) -> set[int]:
         """End what has not started in time and what is below it, with what `then` says for it.
 
         Returns its lanes.
         """
-        rows = self._act(lambda batch: batch.tx.fetch(st.OVERDUE, now=batch.now))
+        rows = self.act(lambda batch: batch.tx.fetch(st.OVERDUE, now=batch.now))
         overdue = [read_waiting(row, self.vault) for row in rows]
         after = {one.id: then(one) for one in overdue}
-        follow = {id: self._change(jobs) for id, (jobs, _) in after.items() if jobs}
+        follow = {id: self.change(jobs) for id, (jobs, _) in after.items() if jobs}
 
         def run(batch: Batch) -> set[int]:
             ended = batch.limiter.expire(one.id for one in overdue)
@@ -747,48 +694,22 @@ class Queue:
             alerts.note(batch, [w for id, _ in ended if (w := after[id][1]) is not None])
             return {lane_id for _, lane_id in ended}
 
-        return set(self._act(run)) if overdue else set()
+        return set(self.act(run)) if overdue else set()
 
     def mend_lines(self) -> None:
         """Have lines go on that have come to a stand: nothing upq does leaves one.
 
         Starts of keys with a rate are forgotten when they lie more than an interval back.
         """
-        self._act(lambda batch: batch.limiter.mend())
+        self.act(lambda batch: batch.limiter.mend())
 
     def beat(self) -> None:
         """Say that this daemon is alive, and renew its claims."""
-
-        def run(batch: Batch) -> None:
-            batch.tx.run(BEAT_NODE, owner=self.owner, now=batch.now)
-            lease = batch.now + LEASE_S * 1_000_000
-            batch.tx.run(BEAT_JOBS, owner=self.owner, lease=lease)
-
-        self._act(run)
+        self.act(self._node.beat)
 
     def orphans(self) -> list[Job]:
-        """Running jobs whose owner is dead for sure.
-
-        These are jobs of earlier incarnations of this node on this machine, since the caller
-        holds the node's lock; of owners that no node row names; with SQLite, of all others.
-        """
-
-        def run(batch: Batch) -> list[Job]:
-            nodes = nodes_of(batch)
-            return [
-                one
-                for (owner,) in batch.tx.fetch(OWNERS)
-                if self._is_dead(owner, nodes)
-                for one in running_of(batch, owner, self.vault)
-            ]
-
-        return list(self._act(run))
-
-    def _is_dead(self, owner: str, nodes: dict[str, list[str]]) -> bool:
-        if owner == self.owner:
-            return False
-        known = nodes.get(owner)
-        return known is None or not self.shared or known == [self.node_name, self.machine]
+        """Running jobs whose owner is dead for sure."""
+        return list(self.act(lambda batch: self._node.orphans(batch, self.vault)))
 
     def release_strays(self) -> list[int]:
         """Put back to the queue what is ours in the table only: claims whose commit was in doubt.
@@ -801,10 +722,10 @@ class Queue:
             ours = self._held.union(batch.taken)
             mine = running_of(batch, self.owner, self.vault)
             found = [one for one in mine if one.token not in ours]
-            self._requeue(batch, found, crashed=False)
+            requeue(batch, found, crashed=False)
             return [one.lane for one in found]
 
-        lanes = list(self._act(run))
+        lanes = list(self.act(run))
         self.released += len(lanes)
         return lanes
 
@@ -819,9 +740,9 @@ class Queue:
             part = sorted(dead[start : start + CHUNK])
             over = [one for one in part if is_over(one)]
             after = [then(one) for one in over]
-            follow = [self._change(jobs) for jobs, _ in after if jobs]
+            follow = [self.change(jobs) for jobs, _ in after if jobs]
             wishes = [wish for _, wish in after if wish is not None]
-            count += self._act(self._rescue_of(part, follow, wishes))
+            count += self.act(self._rescue_of(part, follow, wishes))
             self.crashed += len(over)
         self.rescued += count
         return count
@@ -830,40 +751,12 @@ class Queue:
         self, part: list[Job], follow: list[Submit], wishes: list[Wish]
     ) -> Callable[[Batch], int]:
         def run(batch: Batch) -> int:
-            self._requeue(batch, part, crashed=True)
+            requeue(batch, part, crashed=True)
             batch.follow(follow, [one.id for one in part if one.cancel_asked])
             alerts.note(batch, wishes)
             return len(part)
 
         return run
-
-    def _requeue(self, batch: Batch, part: list[Job], *, crashed: bool) -> None:
-        """Back to the queue; or failed after too many crashes, cancelled where that was asked."""
-        values: list[tuple[Any, ...]] = []
-        bad, limited = [], []
-        for one in part:
-            crashes = crashes_of(one) if crashed else one.crashes
-            state, cause = QUEUED, "interrupted" if crashed else "released"
-            if crashed and one.cancel_asked:
-                state, cause = CANCELLED, "asked"
-            elif crashed and is_over(one):
-                state, cause = FAILED, "crashed"
-            if state == QUEUED:
-                values.append((one.id, one.token, state, "", one.lane, crashes, None))
-            else:
-                values.append((one.id, one.token, state, cause, None, crashes, batch.now))
-                bad.append((one.id, state))
-            batch.moved(one.id, one.lane, RUNNING, state, reason=cause, attempt=one.attempt)
-            if limits := kept(one.options):
-                limited.append((one, state, limits))
-        if values and batch.tx.run_rows(REQUEUE_JOBS, values) != len(values):
-            raise Replay("a job of a dead owner has changed meanwhile")
-        for one, state, limits in limited:
-            if state != QUEUED:
-                batch.limiter.free([(one.id, limits)])
-            elif not crashed and one.attempt == 1:
-                batch.limiter.given_back(one.id, limits)
-        batch.hold_dependents(bad)
 
     def tend_health(self, rules: Sequence[Rules]) -> None:
         """Tell what is due by the time alone; of several daemons one does."""
@@ -873,155 +766,19 @@ class Queue:
         lanes: dict[str, list[int]] = {}
         for one in self.lanes.values():
             lanes.setdefault(one.type, []).append(one.id)
-        self._act(lambda batch: alerts.tend(batch, rules, lanes))
+        self.act(lambda batch: alerts.tend(batch, rules, lanes))
 
     def forget_nodes(self, owners: Iterable[str]) -> None:
         """Remove rows of dead incarnations, once their jobs are taken back."""
-
-        def run(batch: Batch) -> None:
-            for owner in owners:
-                batch.tx.run(DROP_NODE, owner=owner)
-
-        self._act(run)
+        self.act(lambda batch: forget(batch, owners))
 
     def dead_nodes(self) -> list[str]:
         """Earlier incarnations of this node that have not left in good order."""
-        nodes = self._act(nodes_of)
-        return [id for id in nodes if self._is_dead(id, nodes)]
-
-    def purge(self, state: str, before: int, walk: Walk | None = None) -> int:
-        """Delete jobs of a final state that ended before a time, with their history.
-
-        Looks at no more than CHUNK jobs, the next of the walk; returns how many it has deleted.
-        Kept is what others wait for, and children of a parent that has not ended or may be retried.
-        """
-        on = walk or Walk()
-
-        def run(batch: Batch) -> tuple[int, list[Any]]:
-            ended_at, above = on.mark
-            page = batch.tx.fetch(
-                retention.ENDED_ALIKE, state=state, ended_at=ended_at, above=above
-            )
-            if len(page) < CHUNK:
-                page += batch.tx.fetch(
-                    retention.ENDED_LATER, state=state, ended_at=ended_at, before=before
-                )[: CHUNK - len(page)]
-            ids = [(id,) for id, type, at in page if at < before and on.due(type)]
-            old = unneeded(batch, state, sorted(ids)) if ids else []
-            ids = sorted((row[0],) for row in old)
-            if ids:
-                if not self.shared:
-                    batch.tx.run(st.KEEP_LAST_EVENT)
-                for sql in (
-                    retention.DELETE_EVENTS,
-                    retention.DELETE_OUTPUTS,
-                    retention.DELETE_STEPS,
-                    waits.DELETE_OWN_EDGES,
-                    retention.DELETE_JOBS,
-                ):
-                    batch.tx.run_rows(sql, ids)
-                for _, lane_id, *_ in old:
-                    batch.tally[lane_id, state] -= 1
-            return len(ids), page
-
-        count, page = self._act(run)
-        if page:
-            on.mark = (page[-1][2], page[-1][0])
-        on.is_over = len(page) < CHUNK
-        return int(count)
-
-    # Schedules
-
-    def enter_schedules(self, digests: Mapping[str, int], now: int, until: int) -> dict[str, int]:
-        """Make schedules known, each with a digest of its times; returns the last slot of each.
-
-        One that is new or has changed begins now: what was before is not made up for.
-        """
-        names = sorted((name,) for name in digests)
-
-        def run(batch: Batch) -> dict[str, int]:
-            batch.tx.run_rows(slots.ADD_SLOTS, [(name, 0, None) for (name,) in names])
-            known = dict(batch.tx.fetch_rows(slots.SCHEDULE_HEADS, names))
-            changed = [name for name, digest in known.items() if digest != digests[name]]
-            for name in changed:
-                batch.tx.run(slots.SET_HEAD, schedule=name, digest=digests[name])
-            lasts = dict(batch.tx.fetch_rows(slots.LAST_SLOTS, names, until=until))
-            if begin := [(name, now, None) for name in lasts if name in changed or not lasts[name]]:
-                batch.tx.run_rows(slots.ADD_SLOTS, begin)
-                lasts = dict(batch.tx.fetch_rows(slots.LAST_SLOTS, names, until=until))
-            return lasts
-
-        found: dict[str, int] = self._act(run)
-        return found
-
-    def fire(self, due: Sequence[Due], until: int) -> list[Fired]:
-        """Queue the jobs of these slots and take the slots, in one transaction; none twice.
-
-        A schedule that another daemon has in hand is left alone.
-        """
-        changes = [[self._change([job]) if job else None for _, job in one.slots] for one in due]
-        names = sorted((one.schedule,) for one in due)
-
-        def run(batch: Batch) -> list[Fired]:
-            free = {row[0] for row in batch.tx.fetch_rows(slots.HEADS_FREE, names)}
-            last = dict(batch.tx.fetch_rows(slots.LAST_SLOTS, names, until=until))
-            mine = [one.schedule in free and last[one.schedule] == one.after for one in due]
-            submits = [
-                new
-                for ours, news in zip(mine, changes, strict=True) if ours
-                for new in news if new
-            ]  # fmt: skip
-            stored = iter(batch.insert(submits))
-            fired: list[Fired] = []
-            rows: list[tuple[str, int, int | None]] = []
-            for one, ours in zip(due, mine, strict=True):
-                if not ours:
-                    fired.append(Fired(last[one.schedule] if one.schedule in free else None, []))
-                    continue
-                jobs = [(at, next(stored)) for at, job in one.slots if job]
-                told = [(at, r if isinstance(r, RequestError) else r[0]) for at, r in jobs]
-                ids = {at: r.id for at, r in told if isinstance(r, Accepted)}
-                rows += [(one.schedule, at, ids.get(at)) for at, _ in one.slots]
-                fired.append(Fired(one.slots[-1][0], told))
-            if rows:
-                batch.tx.run_rows(slots.INSERT_SLOTS, rows)
-            return fired
-
-        found: list[Fired] = self._act(run)
-        return found
-
-    def purge_slots(self, before: int) -> int:
-        """Delete old slots, but the last of each schedule and the last that fired."""
-
-        def run(batch: Batch) -> int:
-            count, names = 0, batch.tx.fetch(slots.NEXT_SCHEDULE, after="")
-            while names:
-                name = names[0][0]
-                ends = batch.tx.fetch_rows(slots.LAST_SLOTS, [(name,)], until=before)
-                ends += batch.tx.fetch(slots.LAST_FIRED, schedule=name)
-                upto = min([before, *(row[-1] for row in ends)])
-                old = batch.tx.fetch(slots.OLD_SLOTS, schedule=name, before=upto)
-                if old:
-                    batch.tx.run(slots.DELETE_SLOTS, schedule=name, upto=old[-1][0])
-                count += len(old)
-                names = batch.tx.fetch(slots.NEXT_SCHEDULE, after=name)
-            return count
-
-        return int(self._act(run))
-
-
-def is_over(dead: Job) -> bool:
-    """Whether a job has killed its daemon too often to be started again."""
-    return not dead.cancel_asked and crashes_of(dead) >= CRASH_LIMIT
+        return list(self.act(self._node.dead))
 
 
 def read_lane(id: int, queue: str, type: str, paused: int) -> Lane:
     return Lane(id, queue, type, bool(paused))
-
-
-def nodes_of(batch: Batch) -> dict[str, list[str]]:
-    """The incarnations that are entered, with node and machine."""
-    return {id: place for id, *place in batch.tx.fetch(NODES)}
 
 
 def value_of(result: Any) -> Any:
@@ -1029,34 +786,3 @@ def value_of(result: Any) -> Any:
     if isinstance(result, RequestError):
         raise result
     return result
-
-
-def unneeded(batch: Batch, state: str, ids: list[tuple[int]]) -> list[Any]:
-    """Of these jobs, locked, those in the state that no parent and no other job needs.
-
-    A parent that has ended badly needs what it has queued: it may be retried.
-    """
-    found = [row for row in batch.tx.fetch_rows(retention.LOCK_ENDED, ids) if row[2] == state]
-    parents = sorted({(row[3],) for row in found if row[3] is not None})
-    states = dict(batch.tx.fetch_rows(waits.PLAIN_STATES_OF, parents)) if parents else {}
-    awaited = {row[0] for row in batch.tx.fetch_rows(retention.AWAITED_OF, ids)}
-
-    def is_needed(row: Any) -> bool:
-        state = states.get(row[3], DONE)
-        return row[0] in awaited or state not in FINAL or (row[4] is not None and state != DONE)
-
-    return [row for row in found if not is_needed(row)]
-
-
-def running_of(batch: Batch, owner: str, vault: Vault) -> list[Job]:
-    """All that an incarnation runs, read a page at a time."""
-    found: list[Job] = []
-    page: list[Any] = [None]
-    while page:
-        above = found[-1].id if found else 0
-        page = batch.tx.fetch(RUNNING_OF, owner=owner, above=above)
-        for row in page:
-            one = read_claimed(row[:-2], row[-2], vault=vault)
-            attempt, starts = one.attempt - 1, one.starts - 1
-            found.append(one._replace(reason=row[-1], attempt=attempt, starts=starts))
-    return found

@@ -5,16 +5,38 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from upq import when
+from upq.batch import Batch
+from upq.clauses import CHUNK
 from upq.config import Db, JobSettings, Settings
-from upq.job import CANCELLED, DONE, EXPIRED, FAILED
-from upq.queue import Queue, Walk
+from upq.job import CANCELLED, DONE, EXPIRED, FAILED, FINAL
+from upq.queue import Queue
+from upq.statements import retention as st
+from upq.statements.jobs import KEEP_LAST_EVENT
+from upq.statements.waits import DELETE_OWN_EDGES, PLAIN_STATES_OF
 
 #: Seconds that one step may take; then others get their turn.
 STEP_S = 1.0
 #: Seconds after which a walk begins again: what was waited for then may go now.
 AGAIN_S = 3600.0
+
+
+def always(type: str) -> bool:
+    return True
+
+
+@dataclass(slots=True)
+class Walk:
+    """A way through the jobs of one final state, from the first that ended on."""
+
+    #: Whether jobs of this type are to go.
+    due: Callable[[str], bool] = always
+    #: The end and the id of the last job seen.
+    mark: tuple[int, int] = (-1, 0)
+    #: Nothing is left that ended before the time given.
+    is_over: bool = False
 
 
 @dataclass(slots=True)
@@ -54,11 +76,68 @@ class Retention:
                 group.walk, group.began_s = Walk(group.walk.due), now_s
             before = when.now() - round(group.keep_s * 1e6)
             while True:
-                self._queue.purge(group.state, before, group.walk)
+                purge(self._queue, group.state, before, group.walk)
                 if group.walk.is_over or time.monotonic() > over_s:
                     break
                 if pause(0.02):
                     return
+
+
+def purge(queue: Queue, state: str, before: int, walk: Walk | None = None) -> int:
+    """Delete jobs of a final state that ended before a time, with their history.
+
+    Looks at no more than CHUNK jobs, the next of the walk; returns how many it has deleted.
+    Kept is what others wait for, and children of a parent that has not ended or may be retried.
+    """
+    on = walk or Walk()
+
+    def run(batch: Batch) -> tuple[int, list[Any]]:
+        ended_at, above = on.mark
+        page = batch.tx.fetch(st.ENDED_ALIKE, state=state, ended_at=ended_at, above=above)
+        if len(page) < CHUNK:
+            page += batch.tx.fetch(st.ENDED_LATER, state=state, ended_at=ended_at, before=before)[
+                : CHUNK - len(page)
+            ]
+        ids = [(id,) for id, type, at in page if at < before and on.due(type)]
+        old = unneeded(batch, state, sorted(ids)) if ids else []
+        ids = sorted((row[0],) for row in old)
+        if ids:
+            if not queue.shared:
+                batch.tx.run(KEEP_LAST_EVENT)
+            for sql in (
+                st.DELETE_EVENTS,
+                st.DELETE_OUTPUTS,
+                st.DELETE_STEPS,
+                DELETE_OWN_EDGES,
+                st.DELETE_JOBS,
+            ):
+                batch.tx.run_rows(sql, ids)
+            for _, lane_id, *_ in old:
+                batch.tally[lane_id, state] -= 1
+        return len(ids), page
+
+    count, page = queue.act(run)
+    if page:
+        on.mark = (page[-1][2], page[-1][0])
+    on.is_over = len(page) < CHUNK
+    return int(count)
+
+
+def unneeded(batch: Batch, state: str, ids: list[tuple[int]]) -> list[Any]:
+    """Of these jobs, locked, those in the state that no parent and no other job needs.
+
+    A parent that has ended badly needs what it has queued: it may be retried.
+    """
+    found = [row for row in batch.tx.fetch_rows(st.LOCK_ENDED, ids) if row[2] == state]
+    parents = sorted({(row[3],) for row in found if row[3] is not None})
+    states = dict(batch.tx.fetch_rows(PLAIN_STATES_OF, parents)) if parents else {}
+    awaited = {row[0] for row in batch.tx.fetch_rows(st.AWAITED_OF, ids)}
+
+    def is_needed(row: Any) -> bool:
+        state = states.get(row[3], DONE)
+        return row[0] in awaited or state not in FINAL or (row[4] is not None and state != DONE)
+
+    return [row for row in found if not is_needed(row)]
 
 
 def kept_s(job: JobSettings | None, db: Db, state: str) -> float:

@@ -45,9 +45,10 @@ from upq.job import (
 )
 from upq.jobtypes import JobType, JobTypes
 from upq.keeper import Keeper
+from upq.nodes import CRASH_LIMIT
 from upq.plugins import MESSAGE_LIMIT, Desk, UpqJob, blame, follow_up
 from upq.process import Processes
-from upq.queue import CRASH_LIMIT, Queue
+from upq.queue import Queue
 from upq.record import LOCKED, crashes_of
 from upq.secret import scrub
 from upq.trees import Lifeline

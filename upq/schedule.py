@@ -13,7 +13,7 @@ from upq.config import ScheduleSettings, Settings
 from upq.errors import RequestError
 from upq.job import NewJob
 from upq.jobtypes import JobTypes
-from upq.queue import Due, Fired, Queue
+from upq.slots import Due, Fired, Slots
 
 log = logging.getLogger(__name__)
 
@@ -47,11 +47,11 @@ class Scheduler:
 
     def __init__(
         self,
-        queue: Queue,
+        slots: Slots,
         make: Callable[[ScheduleSettings, int], NewJob],
         now: Callable[[], int] = when.now,
     ) -> None:
-        self._queue = queue
+        self._slots = slots
         self._make = make
         self._now = now
         #: Replaced as a whole, never changed.
@@ -105,7 +105,7 @@ class Scheduler:
             ]
             if not due:
                 break
-            fired = self._queue.fire(due, now + AHEAD_S * 1_000_000)
+            fired = self._slots.fire(due, now + AHEAD_S * 1_000_000)
             for one, what in zip(due, fired, strict=True):
                 self._note(one, what)
             if all(what.last is None for what in fired):
@@ -126,7 +126,7 @@ class Scheduler:
         if not new:
             return
         digests = {name: digest(one) for name, one in new.items()}
-        lasts = self._queue.enter_schedules(digests, now, now + AHEAD_S * 1_000_000)
+        lasts = self._slots.enter(digests, now, now + AHEAD_S * 1_000_000)
         for name, one in new.items():
             self._known[name] = Known(one, lasts[name], one.next(lasts[name]))
 
