@@ -9,6 +9,8 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterator
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any, NamedTuple, Self
 
 import pytest
@@ -16,6 +18,7 @@ import sqlalchemy as sa
 
 from tests.servers import Server
 from upq import schema
+from upq import statements as folder
 from upq.batch import Act
 from upq.db import Database
 from upq.errors import RequestError
@@ -129,6 +132,14 @@ class Store:
     def change(self, statement: sa.Insert | sa.Update) -> None:
         """Run a statement as the writer does."""
         value_of(self.queue.writer.run([Act(lambda batch: batch.tx.run(Sql(statement)))])[0])
+
+
+def statements() -> list[tuple[str, Sql]]:
+    """All statements of the store, by their names."""
+    files = [one.name for one in iter_modules(folder.__path__)]
+    modules = [import_module(f"upq.statements.{name}") for name in files]
+    found = [named for module in modules for named in vars(module).items()]
+    return [(name, sql) for name, sql in found if isinstance(sql, Sql)]
 
 
 def wipe(url: str) -> None:

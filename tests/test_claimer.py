@@ -12,7 +12,7 @@ from tests.stores import Store
 from tests.test_pool import until
 from upq import UpqJob, when
 from upq import claimer as module
-from upq.batch import Want
+from upq.changes import Want
 from upq.claimer import Claimer
 from upq.errors import Unavailable
 from upq.job import DONE, QUEUED, RUNNING, Job, NewJob, Outcome

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from tests import stores
 from tests.stores import Store
-from upq import schema, statements, when
+from upq import family, schema, when
 from upq.errors import IsCancelled, WrongState
 from upq.job import (
     BLOCKED,
@@ -149,7 +149,7 @@ def test_an_end_in_cancelled_cancels_what_is_left_below(store: Store) -> None:
 def test_an_end_in_cancelled_goes_on_below_until_all_is_cancelled(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(statements, "CHUNK", 5)
+    monkeypatch.setattr(family, "CHUNK", 5)
     root = store.submit("parent")
     job = store.claim_one("parent")
     ids = [child(store, root) for _ in range(12)]
@@ -162,7 +162,7 @@ def test_a_tree_of_many_is_cancelled_a_part_at_a_time(store: Store) -> None:
     root = store.submit("parent")
     store.claim_one("parent")
     first = store.accepted(below(root))[0].id
-    ids = [first, *store.copy(first, 2 * statements.CHUNK)]
+    ids = [first, *store.copy(first, 2 * family.CHUNK)]
     before = store.queue.writer.commits
     assert store.queue.cancel(root, "alice") == (RUNNING, len(ids))
     assert store.queue.writer.commits - before >= 3
@@ -176,7 +176,7 @@ def test_a_tree_of_many_is_cancelled_a_part_at_a_time(store: Store) -> None:
 
 def half_cancelled(store: Store, monkeypatch: pytest.MonkeyPatch) -> tuple[int, list[int]]:
     """A parent with 12 children, cancelled by a daemon that has died after the first step."""
-    monkeypatch.setattr(statements, "CHUNK", 5)
+    monkeypatch.setattr(family, "CHUNK", 5)
     root = store.submit("parent")
     store.claim_one("parent")
     ids = [child(store, root) for _ in range(12)]
@@ -262,7 +262,7 @@ def test_a_retry_elsewhere_does_not_wait_for_a_cancel(
 def test_of_a_cancel_the_answer_counts_what_claims_have_met(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(statements, "CHUNK", 5)
+    monkeypatch.setattr(family, "CHUNK", 5)
     root = store.submit("parent")
     store.claim_one("parent")
     ids = [child(store, root) for _ in range(12)]
@@ -427,7 +427,7 @@ def test_a_batch_that_is_replaced_keeps_the_members_that_the_next_one_has(store:
 def test_below_a_job_that_expires_all_is_cancelled_but_what_tells_of_it(
     store: Store, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
-    monkeypatch.setattr(statements, "CHUNK", chunk)
+    monkeypatch.setattr(family, "CHUNK", chunk)
     members = [NewJob("hash", {"n": n}) for n in range(6)]
     limits = Limits(expires_at=when.now() + 3_600_000_000)
     made = store.queue.fill(members, Gather(NewJob("tell", {}, limits=limits)))

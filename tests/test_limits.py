@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from tests import stores
 from tests.stores import Store
 from tests.test_queue import HOUR, at_once, counted, end, history, reborn, tallied
-from upq import limits, schema, statements, when
+from upq import limits, schema, when
 from upq.errors import Busy, KeyTaken, NotFound, WrongState
 from upq.job import (
     BLOCKED,
@@ -33,6 +33,8 @@ from upq.job import (
 from upq.nodes import CRASH_LIMIT
 from upq.record import child_key
 from upq.sql import Sql, Tx
+from upq.statements.jobs import BY_CHILD_KEY, BY_IDEM_KEY
+from upq.statements.limits import BY_UNIQ_KEY
 
 job, limit = schema.job, schema.limit
 
@@ -72,7 +74,7 @@ def lines(store: Store) -> dict[str, int]:
 def test_jobs_without_limits_run_the_same_statements(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = {id(sql): name for name, sql in vars(statements).items() if isinstance(sql, Sql)}
+    names = {id(sql): name for name, sql in stores.statements()}
     ran: list[str] = []
     execute = Tx._execute
 
@@ -240,7 +242,7 @@ def test_one_that_looks_just_before_another_daemon_stores_its_key_gets_that_job(
                 return NewJob("hash", {}, parent=parent, child_key=f"key {n}")
             return NewJob("hash", {}, limits=Limits(unique=f"key {n}"))
 
-        looks = (statements.BY_IDEM_KEY, statements.BY_CHILD_KEY, statements.BY_UNIQ_KEY)
+        looks = (BY_IDEM_KEY, BY_CHILD_KEY, BY_UNIQ_KEY)
         fetch, left, firsts = Tx.fetch_rows, [0, 1], list[int]()
 
         def fetch_rows(tx: Tx, sql: Sql, values: Any, **params: Any) -> list[Any]:

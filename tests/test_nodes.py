@@ -7,10 +7,10 @@ import pytest
 from tests import stores
 from tests.stores import Store
 from tests.test_queue import counted, end, history, reborn, tallied
-from upq.batch import Claim
+from upq.changes import Claim
+from upq.clauses import CHUNK
 from upq.job import DONE, FAILED, QUEUED, RUNNING, NewJob, Outcome
 from upq.nodes import CRASH_LIMIT
-from upq.statements import CHUNK
 
 database, url, store = stores.database, stores.url, stores.store
 

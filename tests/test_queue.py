@@ -19,8 +19,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from tests import stores
 from tests.store_bench import claims_past, crowd
 from tests.stores import Store
-from upq import schema, statements, when, writer
+from upq import schema, when, writer
 from upq.batch import LEASE_S
+from upq.clauses import CHUNK
 from upq.errors import KeyConflict, NotFound, Unavailable, WrongState
 from upq.job import (
     BLOCKED,
@@ -39,7 +40,7 @@ from upq.job import (
 from upq.nodes import CRASH_LIMIT
 from upq.queue import ID_BLOCK
 from upq.sql import JSON_COLUMN, Sql, Tx
-from upq.statements import CHUNK
+from upq.statements.waits import LOWER_WAITS
 from upq.views import End
 
 job, event, tally = schema.job, schema.event, schema.tally
@@ -1082,7 +1083,7 @@ def test_no_change_reads_the_whole_table(store: Store, monkeypatch: pytest.Monke
 
 def measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """The least that each statement takes from now on."""
-    names = {id(sql): name for name, sql in vars(statements).items() if isinstance(sql, Sql)}
+    names = {id(sql): name for name, sql in stores.statements()}
     spent_ms: dict[str, float] = {}
     execute = Tx._execute
 
@@ -1102,8 +1103,8 @@ def test_sqlite_looks_up_the_rows_it_is_given_by_key(tmp_path: Path, n: int) -> 
     with Store(f"sqlite:///{tmp_path}/upq.db") as store:
         dialect = store.database.dialect
         plans = {}
-        for name, sql in vars(statements).items():
-            if isinstance(sql, Sql) and sql.each:
+        for name, sql in stores.statements():
+            if sql.each:
                 width = len(JSON_COLUMN.findall(sql.on(dialect)[0]))
                 ((text, given),) = sql.spread(dialect, [[None] * width] * n, {})
                 with store.database.read() as connection:
@@ -1117,8 +1118,8 @@ def test_sqlite_looks_up_the_rows_it_is_given_by_key(tmp_path: Path, n: int) -> 
                 assert re.search(by_key, used), (name, plan)
         # Rows up to the next number that is prepared, and more than one statement takes.
         few, many = ([(i, 1) for i in range(n)] for n in (5, 300))
-        parts = statements.LOWER_WAITS.spread(dialect, few, {})
+        parts = LOWER_WAITS.spread(dialect, few, {})
         assert [given for _, given in parts] == [(0, 1, 1, 1, 2, 1, 3, 1, 4, 1, None, None)]
-        parts = statements.LOWER_WAITS.spread(dialect, many, {})
+        parts = LOWER_WAITS.spread(dialect, many, {})
         assert [id for _, given in parts for id in given[::2] if id is not None] == [*range(300)]
         assert [text.count("(?, ?)") for text, _ in parts] == [256, 48]

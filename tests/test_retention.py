@@ -15,8 +15,9 @@ from tests import stores
 from tests.store_bench import crowd
 from tests.stores import Store
 from tests.test_queue import FEW_ROWS_MS, at_once, counted, end, measured, tallied
-from upq import schema, statements, when
+from upq import schema, when
 from upq.batch import Batch
+from upq.clauses import CHUNK
 from upq.errors import NotFound
 from upq.job import (
     CANCELLED,
@@ -37,7 +38,7 @@ from upq.limits import Limiter
 from upq.retention import Retention, kept_s
 from upq.settings import Db, Settings
 from upq.sql import Sql, Tx
-from upq.statements import CHUNK
+from upq.statements.retention import DELETE_EVENTS
 
 database, url, store = stores.database, stores.url, stores.store
 
@@ -363,7 +364,7 @@ def test_a_job_retried_while_another_daemon_purges_is_not_lost(
     execute = Tx._execute
 
     def slow(tx: Tx, sql: Sql, text: str, given: Any) -> None:
-        if sql is statements.DELETE_EVENTS:  # what is old was looked up, nothing is deleted yet
+        if sql is DELETE_EVENTS:  # what is old was looked up, nothing is deleted yet
             looked.set()
             retried.wait(0.5)
         execute(tx, sql, text, given)

@@ -12,8 +12,9 @@ import sqlalchemy as sa
 from tests import stores
 from tests.stores import Store
 from tests.test_queue import FEW_ROWS_MS, measured
-from upq import schema, statements
-from upq.batch import Act, Batch, Submit
+from upq import schema
+from upq.batch import Act, Batch
+from upq.changes import Submit
 from upq.errors import Busy, Unavailable
 from upq.job import NewJob
 from upq.protocol import SUBMIT, Request
@@ -21,6 +22,7 @@ from upq.queue import value_of
 from upq.schedule import SLOTS, Scheduler, plan
 from upq.settings import ScheduleSettings
 from upq.slots import Due, Slots
+from upq.statements.slots import ADD_SLOTS
 from upq.when import Times, instant, iso
 
 database, url, store = stores.database, stores.url, stores.store
@@ -456,9 +458,7 @@ def test_no_statement_reads_more_than_a_few_slots(
     run = store.queue.writer.run
     for start in range(0, len(many), 20_000):
         part = many[start : start + 20_000]
-        value_of(
-            run([Act(lambda batch, part=part: batch.tx.run_rows(statements.ADD_SLOTS, part))])[0]
-        )  # type: ignore[misc]
+        value_of(run([Act(lambda batch, part=part: batch.tx.run_rows(ADD_SLOTS, part))])[0])  # type: ignore[misc]
     spent_ms = measured(monkeypatch)
     for _ in range(5):
         clock.at += SECOND

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from tests.stores import Store, database, store, url
+from tests.stores import Store, database, statements, store, url
 from tests.test_claimer import Line
 from tests.test_pool import until
-from upq import config, schema, statements, when
+from upq import config, schema, when
 from upq.errors import Unavailable
 from upq.gates import Closed, Free
 from upq.job import DONE, QUEUED, RUNNING, Job, NewJob
@@ -25,6 +25,7 @@ from upq.jobtypes import Rules, pool_key
 from upq.pool import Pool, SharedPool
 from upq.queue import Lane
 from upq.sql import Sql, Tx
+from upq.statements.jobs import START_JOBS
 
 __all__ = ["database", "store", "url"]
 
@@ -287,7 +288,7 @@ def test_a_draw_that_is_rolled_back_loses_nothing(
     execute, broken = Tx._execute, [1, 1, 1]
 
     def failing(tx: Tx, sql: Sql, text: str, given: Any) -> None:
-        if sql is statements.START_JOBS and broken:
+        if sql is START_JOBS and broken:
             broken.pop()
             raise Unavailable("away")
         execute(tx, sql, text, given)
@@ -531,7 +532,7 @@ def test_a_gate_that_opens_lets_the_jobs_go(
 def test_a_plain_job_runs_the_statements_it_always_ran(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = {id(sql): name for name, sql in vars(statements).items() if isinstance(sql, Sql)}
+    names = {id(sql): name for name, sql in statements()}
     line = Site(store, tmp_path, "[job work]\n[job slow]\nrate = 1/s\n[pool p]\nqueues = a")
     store.queue.lane("work", "work")
     store.submit("elsewhere")

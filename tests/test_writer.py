@@ -17,13 +17,15 @@ import sqlalchemy as sa
 from tests.proxy import Proxy
 from tests.servers import Postgres, PrivateServer
 from tests.stores import Store
-from upq import db, statements
+from upq import db
 from upq import writer as module
 from upq.batch import Act
 from upq.db import Database
 from upq.errors import RequestError, Unavailable, Uncertain
 from upq.job import DONE, QUEUED, NewJob, Outcome
 from upq.sql import Sql, Tx
+from upq.statements.jobs import STATES_OF
+from upq.statements.waits import INSERT_EDGES
 from upq.writer import BATCH_BYTES, BATCH_CHANGES, DEADLOCKS, Replay, Writer, code_of
 
 
@@ -424,10 +426,10 @@ def test_a_submit_that_is_tried_again_looks_anew_at_what_it_waits_for(
         execute = Tx._execute
 
         def failing(tx: Tx, sql: Sql, text: str, given: Any) -> None:
-            if sql is statements.INSERT_EDGES and not tries:
+            if sql is INSERT_EDGES and not tries:
                 tries.append(1)
                 raise deadlock[kind]
-            if sql is statements.STATES_OF and tries:
+            if sql is STATES_OF and tries:
                 monkeypatch.undo()
                 one.queue.finish(claimed, Outcome(DONE))
                 one.flush()

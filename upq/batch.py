@@ -10,43 +10,39 @@ import logging
 import os
 import struct
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from upq import alerts, dependents
 from upq import log as logs
-from upq import statements as st
-from upq.draws import Allowance, Bounds, Draw, Plan, Spent, choose
+from upq.changes import CHILD_KEY, IDEM_KEY, Claim, Finish, Submit, Want
+from upq.drawing import rows_for
+from upq.draws import Draw, Plan, Spent
 from upq.errors import IsCancelled, KeyConflict, NotFound, RequestError
 from upq.events import Event
 from upq.family import Family, Goal
-from upq.health import Health, Rules, Told, Wish, digest, queue_age, silence
-from upq.health import ended as health_ended
 from upq.job import (
-    BAD,
-    BLOCKED,
     CANCELLED,
     DONE,
     FAILED,
     FINAL,
     QUEUED,
-    REPLACE,
     RUNNING,
     TIMEOUT,
-    UNSTORABLE,
     Accepted,
-    Job,
     Limits,
     NewJob,
-    Outcome,
 )
 from upq.joins import Joins, after_reason, block, branches_of, waits_reason
-from upq.limits import Limiter, has_limits, is_paced, kept, kept_text, turn_reason
-from upq.members import Members, kept_batch
-from upq.notify import address
+from upq.limits import Limiter, has_limits, is_paced, kept
+from upq.members import Members
 from upq.sql import Sql, Tx
+from upq.statements import jobs as st
+from upq.statements.family import AGAIN_BELOW
+from upq.statements.waits import INSERT_EDGES
 from upq.vault import Vault
-from upq.workflow import DELAY, JOIN, option
+from upq.workflow import JOIN, option
 from upq.writer import Replay
 
 log = logging.getLogger(__name__)
@@ -55,98 +51,6 @@ log = logging.getLogger(__name__)
 LEASE_S = 30
 #: Characters of a message kept in the history; the job's row has all of it.
 EVENT_MESSAGE = 4000
-
-
-#: So many jobs of a lane, or whatever goes first in a pool.
-Want = tuple[int, int] | Draw
-
-IDEM_KEY, CHILD_KEY, OPTIONS = st.AT["idem_key"], st.AT["child_key"], st.AT["options"]
-
-
-@dataclass(slots=True)
-class Submit:
-    """Jobs to insert, all or none; `rows` are in the order of SUBMITTED."""
-
-    rows: list[list[Any]]
-    after: list[tuple[int, ...]]
-    who: str
-    #: Of each job, its limits; None when none has any. The rows of those that have some go on with
-    #: LIMITED.
-    limits: list[Limits | None] | None = None
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(
-            len(row[st.AT["params"]]) + len(row[st.AT["options"]] or "") for row in self.rows
-        )
-
-    @property
-    def keys(self) -> Iterator[str]:
-        """By which a job that is there may stand in for one of these."""
-        for row in self.rows:
-            unique = row[st.AT["uniq_key"]] if len(row) > st.PLAIN else None
-            yield from filter(None, (row[IDEM_KEY], row[CHILD_KEY], unique))
-
-    @property
-    def binds(self) -> bool:
-        """Whether a parent or a join is to wait for what its jobs are found to be."""
-        return any(row[CHILD_KEY] or '"join' in (row[OPTIONS] or "") for row in self.rows)
-
-    @property
-    def replaces(self) -> bool:
-        """Whether any of the jobs takes the place of others."""
-        if self.limits is None:
-            return False
-        return any(one is not None and one.when_busy == REPLACE for one in self.limits)
-
-    def instead(self, error: Exception) -> None:
-        return None
-
-
-@dataclass(slots=True)
-class Claim:
-    """What to claim, in the order of preference."""
-
-    wants: list[Want]
-    size_bytes: int = 0
-
-    def instead(self, error: Exception) -> None:
-        return None
-
-
-@dataclass(slots=True)
-class Finish:
-    """The end of one attempt, with the jobs that follow it."""
-
-    job: Job
-    outcome: Outcome
-    result: str | None
-    data: str | None
-    progress: str | None
-    then: Submit | None
-    #: Told whether the end was ours to make, after the commit.
-    told: Callable[[bool], None] | None = None
-    #: For a type that is told of by its health.
-    wish: Wish | None = None
-    #: Hears in place of `told` that the database refuses it for good: another end has to come.
-    refused: Callable[[Exception], None] | None = None
-
-    @property
-    def size_bytes(self) -> int:
-        outcome = self.outcome
-        text = len(outcome.message) + (len(outcome.output.text) if outcome.output else 0)
-        then = self.then.size_bytes if self.then else 0
-        # Text outside ASCII takes up to four bytes a character.
-        return len(self.result or "") + len(self.data or "") + 4 * text + then
-
-    def instead(self, error: Exception) -> Finish | None:
-        if self.refused is not None:
-            self.refused(error)
-            return None
-        if self.outcome.reason == UNSTORABLE:
-            return None
-        outcome = Outcome(FAILED, f"its end cannot be stored: {error}", reason=UNSTORABLE)
-        return Finish(self.job, outcome, None, None, None, None, self.told)
 
 
 @dataclass(slots=True)
@@ -235,7 +139,7 @@ class Batch:
         #: Cancels that the next batches have to go on with, unasked.
         self.left: list[int] = []
         self._told: list[tuple[Callable[[bool], None], bool]] = []
-        self._joins = Joins(tx, home.vault)
+        self.joins = Joins(tx, home.vault)
         self._first = 0
         self._limiter: Limiter | None = None
         self.family = Family(self, home.cancelling)
@@ -298,7 +202,7 @@ class Batch:
 
         Numbers are taken just before the commit, so that their order is the order of the commits.
         """
-        self._change_tally()
+        self.change_tally()
         if self.events:
             self._first = self._home.number_events(self, len(self.events))
             self.tx.run_rows(
@@ -309,7 +213,8 @@ class Batch:
                 ],
             )
 
-    def _change_tally(self) -> None:
+    def change_tally(self) -> None:
+        """Write what was counted so far."""
         changed = sorted((lane_id, state, n) for (lane_id, state), n in self.tally.items() if n)
         if changed:
             self.tx.run_rows(st.CHANGE_TALLY, changed)
@@ -444,6 +349,13 @@ class Batch:
         if not is_over:
             self.left.append(cancel)
 
+    def queue(self, new: Sequence[NewJob]) -> None:
+        """Insert jobs that nobody has asked for: they tell of something."""
+        taken = self._home.take_ids(len(new))
+        first = self.numbers("job", len(new)) if taken is None else taken
+        rows = [self._home.row(job, id, self.now) for id, job in enumerate(new, first)]
+        self.insert([Submit(rows, [()] * len(rows), "")])
+
     def store(self, fresh: list[list[Any]], edges: list[tuple[int, int]]) -> None:
         plain = [row for row in fresh if len(row) == st.PLAIN]
         if plain:
@@ -452,7 +364,7 @@ class Batch:
             limited = [row for row in fresh if len(row) > st.PLAIN]
             self.tx.run_rows(st.INSERT_LIMITED, limited)
         if edges:
-            self.tx.run_rows(st.INSERT_EDGES, edges)
+            self.tx.run_rows(INSERT_EDGES, edges)
         if self._limiter is not None:
             self._limiter.inserted()
 
@@ -536,7 +448,7 @@ class Batch:
                     edges += self._wait_for(row, after)
                 else:
                     there = {one.rows[at][0]: new.id for at, new in enumerate(accepted)}
-                    edges += self._joins.begin(row, branches, there)
+                    edges += self.joins.begin(row, branches, there)
             if key:
                 own[key] = (row[0], row[st.AT["params"]])
             accepted.append(Accepted(row[0]))
@@ -562,8 +474,8 @@ class Batch:
 
     def _heed_met(self) -> None:
         """Joins have come to wait for jobs of before: have them go on where those have ended."""
-        met, self._joins.met = self._joins.met, []
-        self._tell_dependents([*self.lock_states(met).items()])
+        met, self.joins.met = self.joins.met, []
+        dependents.tell(self, [*self.lock_states(met).items()])
 
     def _claim_at_once(self) -> None:
         """Start what was just queued where a place is free: it saves a commit and a hand-over."""
@@ -592,7 +504,8 @@ class Batch:
                 picked += found[:free]
         claimed = self._start(picked)
         for draw in draws:
-            claimed += self._start(self._draw(draw))
+            plan = self._home.plan(draw, {e.lane for e in self.events if e.state == QUEUED})
+            claimed += self._start(rows_for(self, draw, plan))
         return claimed
 
     def _start(self, picked: list[Any]) -> list[tuple[Any, int, int]]:
@@ -618,60 +531,6 @@ class Batch:
             self.tally[lane_id, QUEUED] -= n
             self.tally[lane_id, RUNNING] += n
         return [(row, token, now) for row, token in zip(picked, tokens, strict=True)]
-
-    def _draw(self, draw: Draw) -> list[Any]:
-        """The rows for the places of a pool, within the limits of the whole database."""
-        plan = self._home.plan(draw, {e.lane for e in self.events if e.state == QUEUED})
-        self.drawn |= draw.lanes
-        bounded = plan.bounded()
-        at = {key: self._lock_limit(key) for key in limit_keys(bounded)}
-        rates = {
-            type: limits.rate.allowed(at[limits.rate_key], self.now)
-            for type, limits in bounded.items()
-            if limits.rate
-        }
-        allowance = Allowance(plan, rates, self._tokens_in_use(bounded))
-        rows = choose(plan, draw.room, allowance, self._fetch, self.now)
-        started = Counter(row[2] for row in rows)
-        for type, limits in bounded.items():
-            key = limits.rate_key
-            if limits.rate and started[type]:
-                at[key] = limits.rate.after(at[key], self.now, started[type])
-                self.tx.run(st.SET_LIMIT, name=key, at=at[key])
-            self.spent[type] = allowance.spent(type, at.get(key, 0))
-        full = len(rows) == draw.room
-        self.again |= {
-            lane_id
-            for level in plan.levels
-            for lane_id, type in level.lanes
-            if full or not allowance.left(type, 1)
-        }
-        return rows
-
-    def _fetch(self, lane_id: int, free: int, above: int | None) -> list[Any]:
-        if above is None:
-            return self.tx.fetch(st.PICK_CLAIMABLE, lane=lane_id, free=free)
-        return self.tx.fetch(st.PICK_ABOVE, lane=lane_id, free=free, above=above)
-
-    def _lock_limit(self, key: str) -> int:
-        """What a limit has come to; no other transaction decides by it before this one ends."""
-        found = self.tx.fetch(st.LOCK_LIMIT, name=key)
-        if not found:
-            self.tx.run(st.ADD_LIMIT, name=key, at=0)
-        return int(found[0][0]) if found else 0
-
-    def _tokens_in_use(self, bounded: dict[str, Bounds]) -> dict[str, int]:
-        """By token: those of all that runs, also elsewhere; their limits are locked."""
-        tokens = {token.name: token for limits in bounded.values() for token in limits.tokens}
-        if not tokens:
-            return {}
-        self._change_tally()
-        types = sorted({(type,) for token in tokens.values() for type in token.users})
-        running = dict(self.tx.fetch_rows(st.RUNNING_OF_TYPES, types))
-        return {
-            name: sum(int(running.get(type, 0)) * need for type, need in token.users.items())
-            for name, token in tokens.items()
-        }
 
     def _finish(self, finishes: list[Finish]) -> list[bool]:
         self.ended = [one.job.token for one in finishes]
@@ -708,7 +567,7 @@ class Batch:
         self._keep_outputs(finishes)
         self._follow(finishes)
         if wishes:
-            self.note_health(wishes)
+            alerts.note(self, wishes)
         return [True] * len(finishes)
 
     def _end_limited(self, one: Finish) -> None:
@@ -759,26 +618,21 @@ class Batch:
             and not (new.duplicate and self.limiter.is_behind(new.id, join))
         }
         if steps:
-            self._joins.stand_in(steps)
+            self.joins.stand_in(steps)
             self._heed_met()
         cancelled = [one.job.id for one in finishes if one.outcome.state == CANCELLED]
         self._close_below(submits, cancelled)
         states = [(one.job.id, one.outcome.state) for one in finishes]
         again = [(one.job.id,) for one in finishes if one.outcome.is_retry]
         if again:
-            self.tx.run_rows(st.AGAIN_BELOW, sorted(again))
+            self.tx.run_rows(AGAIN_BELOW, sorted(again))
         self.retried = len(again)
         self.given_back = sum(not one.outcome.counts for one in finishes)
         for one in finishes:
             if one.outcome.crashed:
                 self.tx.run(st.COUNT_CRASH, id=one.job.id)
                 self.crashed += one.outcome.state == FAILED
-        self._tell_dependents(states)
-
-    def _tell_dependents(self, states: Sequence[tuple[int, str]]) -> None:
-        """Those who wait for these jobs go on, or hear that one has ended badly."""
-        self._release_dependents([id for id, state in states if state == DONE])
-        self.hold_dependents([(id, state) for id, state in states if state in BAD])
+        dependents.tell(self, states)
 
     def lock_states(self, ids: Iterable[int]) -> dict[int, str]:
         """States of jobs, which nobody changes before the commit."""
@@ -796,146 +650,13 @@ class Batch:
             self._told.append((one.told, ours))
         return ours
 
-    # How types fare
-
-    def note_health(self, wishes: Sequence[Wish]) -> None:
-        """Take note of ends of types that are told of by their health, in the order given."""
-        by_type: dict[str, list[Wish]] = {}
-        for wish in wishes:
-            by_type.setdefault(wish.rules.type, []).append(wish)
-        for type in sorted(by_type):
-            health = self._lock_health(type)
-            for wish in by_type[type]:
-                self._tell_targets(wish.rules, health_ended(health, wish, self.now))
-            self._keep_health(health)
-
-    def tend_health(self, rules: Sequence[Rules], lanes: dict[str, list[int]]) -> None:
-        """Tell what is due by the time alone: digests and alerts. lanes: those of each type."""
-        for one in sorted(rules, key=lambda rules: rules.type):
-            health = self._lock_health(one.type)
-            before = health.columns()
-            found = [*digest(health, one, self.now), *silence(health, one, self.now)]
-            if one.queue_age_us or health.queue_alert_at is not None:
-                oldest_at = self._oldest(lanes.get(one.type, []))
-                found += queue_age(health, one, oldest_at, self.now)
-            if health.columns() != before:
-                self._tell_targets(one, found)
-                self._keep_health(health)
-
-    def _lock_health(self, type: str) -> Health:
-        found = self.tx.fetch(st.LOCK_HEALTH, type=type)
-        if not found:
-            self.tx.run(st.ADD_HEALTH, type=type, now=self.now)
-            found = self.tx.fetch(st.LOCK_HEALTH, type=type)
-        return Health.of_row(found[0])
-
-    def _keep_health(self, health: Health) -> None:
-        self.tx.run(st.SET_HEALTH, of=health.type, **health.columns())
-
-    def _tell_targets(self, rules: Rules, found: Sequence[Told]) -> None:
-        new = [job for told in found for job in address(told, rules.targets)]
-        if new:
-            taken = self._home.take_ids(len(new))
-            first = self.numbers("job", len(new)) if taken is None else taken
-            rows = [self._home.row(job, id, self.now) for id, job in enumerate(new, first)]
-            self.insert([Submit(rows, [()] * len(rows), "")])
-
-    def _oldest(self, lanes: Sequence[int]) -> int | None:
-        """Since when the job of these lanes that has waited longest could have started."""
-        found: int | None = None
-        for lane_id in lanes:
-            above = -(1 << 31)
-            while part := self.tx.fetch(st.OLDEST_OF_RANK, lane=lane_id, above=above):
-                above = part[-1][0]
-                at = min(max(created_at, run_at or 0) for _, created_at, run_at in part)
-                found = at if found is None else min(found, at)
-        return found
-
-    # Jobs that wait for others
-
-    def _release_dependents(self, done: list[int]) -> None:
-        if not done:
-            return
-        ids = sorted((id,) for id in done)
-        waiting = self.tx.fetch_rows(st.DEPENDENTS_OF, ids)
-        if not waiting:
-            return
-        self.tx.run_rows(st.DELETE_EDGES, ids)
-        self.lower_waits(Counter(row[0] for row in waiting), done)
-
-    def lower_waits(self, fewer: Mapping[int, int], done: Iterable[int] = ()) -> None:
-        """Have dependents wait for so many jobs less; those that wait for none go on."""
-        counts = sorted(fewer.items())
-        self.tx.run_rows(st.LOWER_WAITS, counts)
-        free = []
-        turns = []
-        joins = {}
-        followups = []
-        for id, lane_id, run_at, attempt, waits, state, options in sorted(
-            self.tx.fetch_rows(st.WAITS_OF, [(id,) for id, _ in counts])
-        ):
-            if (branches := branches_of(options)) is not None:
-                joins[id] = branches
-            if waits or state != BLOCKED:
-                continue
-            if kept := kept_batch(options):
-                followups.append((id, kept))
-            delay_us = option(options, DELAY)
-            if delay_us is not None:
-                run_at = self.now + delay_us
-            limits = kept_text(options)
-            if "line" in limits:
-                reason = turn_reason(limits)
-                free.append((id, None, None, run_at))
-                turns.append((id, limits["line"], reason))
-                self.moved(id, lane_id, BLOCKED, QUEUED, reason=reason, attempt=attempt)
-                self.limiter.came(id, limits["line"])
-            else:
-                later = run_at is not None and run_at > self.now
-                free.append((id, None if later else lane_id, run_at if later else None, run_at))
-                self.note_due(run_at if later else None)
-                self.moved(id, lane_id, BLOCKED, QUEUED, attempt=attempt)
-        if joins:
-            self._joins.hand_on(joins, set(done))
-        if free:
-            self.tx.run_rows(st.FREE_JOBS, free)
-        if turns:
-            self.tx.run_rows(st.PUT_IN_LINE, turns)
-        if followups:
-            self.members.release(followups)
+    def hold_dependents(self, changed: list[tuple[int, str]]) -> None:
+        """Jobs have come to these states, and are not done: tell those who wait for them."""
+        dependents.hold(self, changed)
 
     def reopen(self, ids: Sequence[int], followups: Mapping[int, dict[str, Any]]) -> None:
-        """Jobs are queued again: who waits for their ends waits for one more. Follow-ups among them
-        go on when none of their members is left.
-        """
-        self.members.await_again(self.tx.fetch_rows(st.DEPENDENTS_OF, sorted((id,) for id in ids)))
-        if followups:
-            waits = {id: self.members.told(id, kept) for id, kept in sorted(followups.items())}
-            self.tx.run_rows(st.STILL_BLOCKED, list(waits.items()))
-            self.lower_waits(dict.fromkeys(followups, 0))
-            self.members.release(list(followups.items()))
-
-    def hold_dependents(self, changed: list[tuple[int, str]]) -> None:
-        """Say on those who wait for these jobs what they wait for, now that it has changed.
-
-        A follow-up to which it is all the same how its members end goes on when the last has.
-        """
-        if not changed:
-            return
-        states = dict(changed)
-        waiting = self.tx.fetch_rows(st.DEPENDENTS_OF, sorted((id,) for id in states))
-        if waiting:
-            batches = self.members.hold(waiting, states, self.lower_waits)
-            waiting = [row for row in waiting if row[0] not in batches]
-        reasons = {
-            id: after_reason(needs, states[needs])
-            if states[needs] in FINAL
-            else waits_reason([needs])
-            for id, needs, state in waiting
-            if state == BLOCKED
-        }
-        if reasons:
-            self.tx.run_rows(st.BLOCK_JOBS, sorted(reasons.items()))
+        """Jobs are queued again, batches among them: their ends are waited for once more."""
+        dependents.reopen(self, ids, followups)
 
 
 def parents_of(submits: Sequence[Submit]) -> set[int]:
@@ -949,12 +670,6 @@ def refuse_below(one: Submit, closed: set[int]) -> None:
     parent = min(parents_of([one]) & closed, default=None)
     if parent is not None:
         raise IsCancelled(f"job {parent} is cancelled: nothing more can be queued below it")
-
-
-def limit_keys(bounded: dict[str, Bounds]) -> list[str]:
-    """In the order in which all transactions lock them."""
-    keys = {token.key for limits in bounded.values() for token in limits.tokens}
-    return sorted(keys | {limits.rate_key for limits in bounded.values() if limits.rate})
 
 
 def new_tokens(k: int) -> list[int]:

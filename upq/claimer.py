@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 from typing import Protocol
 
 from upq import when
-from upq.batch import Want
+from upq.changes import Want
 from upq.draws import Draw, Plan, Spent
 from upq.errors import RequestError
 from upq.gates import Closed

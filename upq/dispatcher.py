@@ -14,6 +14,7 @@ from upq import log as logs
 from upq import protocol, when
 from upq.access import Access, Peer
 from upq.claimer import Claimer
+from upq.clauses import CHUNK
 from upq.desk import Ends
 from upq.errors import (
     BadParams,
@@ -59,7 +60,6 @@ from upq.protocol import Options, Request
 from upq.queue import Lane, Queue
 from upq.secret import mask, scrub
 from upq.settings import ScheduleSettings, Settings
-from upq.statements import CHUNK
 from upq.views import AHEAD_LIMIT, Filter, Found, Pace, Views
 from upq.whole import count_steps
 from upq.wire import Ack, Batch

@@ -18,7 +18,7 @@ STEP = 10
 #: Different priorities of one lane that are looked through for jobs that have waited too long.
 RANKS = 20
 
-#: Where a claimed row (CLAIMED of `statements`) has what the order is made of.
+#: Where a claimed row (CLAIMED of `clauses`) has what the order is made of.
 _ID, _LANE, _TYPE, _RANK, _RUN_AT, _ROOT, _CREATED_AT = 0, 1, 2, 7, 8, 13, 15
 
 Row = Any

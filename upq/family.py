@@ -18,13 +18,15 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from upq import statements as st
+from upq.clauses import CHUNK
 from upq.errors import KeyTaken, NotFound, WrongState
 from upq.job import BAD, BLOCKED, CANCELLED, FINAL, QUEUED, RUNNING, encode
 from upq.joins import branches_of
 from upq.limits import KEPT, Limiter, kept_text, turn_reason
 from upq.members import kept_batch
 from upq.sql import Tx
+from upq.statements import family as st
+from upq.statements.waits import SET_OPTIONS
 
 #: So many jobs are looked at in the time that one level of a tree takes.
 LEVEL_COSTS = 10
@@ -139,10 +141,10 @@ class Family:
 
     def _look_below(self, goal: Goal, left: list[Page]) -> tuple[int, list[Page]]:
         n, looked = 0, 0
-        while left and looked < st.CHUNK:
+        while left and looked < CHUNK:
             page = left.pop()
             parents = sorted((id,) for id in page.parents)
-            most = st.CHUNK
+            most = CHUNK
             rows = self._tx.fetch_rows(st.CHILDREN_OF, parents, above=page.above, most=most)
             ids = [row[0] for row in rows]
             if len(ids) == most:
@@ -239,7 +241,7 @@ class Family:
                 # Somebody asked for it: it may start at any time.
                 left = {name: value for name, value in limits.items() if name != "expires_at"}
                 text = encode({**json.loads(options), KEPT: left})
-                self._tx.run(st.SET_OPTIONS, id=id, text=text)
+                self._tx.run(SET_OPTIONS, id=id, text=text)
             new = BLOCKED if waits else QUEUED
             reason = "waits for earlier jobs" if waits else ""
             ready = None if waits else lane_id

@@ -10,13 +10,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from upq import statements as st
-from upq.batch import Batch, Submit
+from upq.batch import Batch
+from upq.changes import Submit
+from upq.dependents import lower_waits
 from upq.errors import KeyConflict, NotFound, WrongState
 from upq.job import BAD, BATCH, BLOCKED, DONE, Accepted, Gathered, encode
 from upq.joins import block
 from upq.limits import is_paced
 from upq.members import is_over, kept_batch, reason_of
+from upq.statements import members as st
+from upq.statements.jobs import AT, PLAIN
 from upq.vault import Vault
 
 
@@ -37,7 +40,7 @@ class Filling:
 def fill(batch: Batch, one: Filling) -> Gathered:
     """Queue members, all or none. Raises RequestError before anything is changed."""
     known = batch.known_keys([one.submit])
-    if one.is_new and (found := known.get(one.submit.rows[-1][st.AT["idem_key"]])):
+    if one.is_new and (found := known.get(one.submit.rows[-1][AT["idem_key"]])):
         return _repeat(batch, one, known, found)
     known = batch.hold([one.submit], known)
     return _begin(batch, one, known) if one.is_new else _add(batch, one, known)
@@ -55,12 +58,12 @@ def _begin(batch: Batch, one: Filling, known: dict[str, tuple[int, str]]) -> Gat
     n = len(fresh) + len(others)
     kept = {"open": one.open, "when": one.when, "n": n}
     waits = one.open + len(fresh) + _left(states, one.when)
-    row[st.AT["options"]] = _with_batch(row[st.AT["options"]], kept)
+    row[AT["options"]] = _with_batch(row[AT["options"]], kept)
     if waits:
         bad = [(id, state) for id, state in sorted(states.items()) if state in BAD]
         block(row, waits, reason_of(kept, bad))
-        if len(row) > st.PLAIN:
-            row[st.AT["serial_key"]] = None  # members may stand in the same line, behind it
+        if len(row) > PLAIN:
+            row[AT["serial_key"]] = None  # members may stand in the same line, behind it
     fresh.append(row)
     batch.note_new(fresh, submit.who)
     batch.store(fresh, edges + _edges(one.id, fresh[:-1], states))
@@ -101,7 +104,7 @@ def _add(batch: Batch, one: Filling, known: dict[str, tuple[int, str]]) -> Gathe
     if submit.replaces:
         batch.replace(submit, fresh, others)
     if not one.open:
-        batch.lower_waits({one.id: 1})
+        lower_waits(batch, {one.id: 1})
     return Gathered(one.id, jobs, duplicate=False, open=one.open, members=kept["n"])
 
 
@@ -112,8 +115,8 @@ def _repeat(
     state, _, kept = _lock_batch(batch, first[0])
     jobs = []
     for row in one.submit.rows:
-        found = known.get(row[st.AT["idem_key"]])
-        if found and not one.vault.same(found[1], row[st.AT["params"]]):
+        found = known.get(row[AT["idem_key"]])
+        if found and not one.vault.same(found[1], row[AT["params"]]):
             raise KeyConflict(f"job {found[0]} has this key, with other params")
         jobs.append(Accepted(found[0] if found else 0, duplicate=True))
     is_open = kept["open"] and state == BLOCKED
@@ -171,7 +174,7 @@ def _refuse_circles(
     ids = {row[0] for row in fresh}
     after = zip(one.submit.rows, one.submit.after, strict=True)
     needed = {id for row, ids_after in after if row[0] in ids for id in ids_after} | states.keys()
-    lines = {row[st.AT["serial_key"]] for row in fresh if len(row) > st.PLAIN}
+    lines = {row[AT["serial_key"]] for row in fresh if len(row) > PLAIN}
     lines = {line for line in lines if line is not None and not is_paced(line)}
     if needed or lines:
         batch.limiter.check_members(one.id, needed, lines)

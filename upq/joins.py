@@ -12,19 +12,21 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from upq import statements as st
 from upq.job import BLOCKED, DONE, FINAL, Accepted
 from upq.sql import Tx
+from upq.statements import waits as st
+from upq.statements.family import THESE_JOBS
+from upq.statements.jobs import AT, PLAIN
 from upq.vault import Vault
 from upq.workflow import DELAY, JOINS, option
 
 
 def block(row: list[Any], waits: int, reason: str) -> None:
     """Have a new job wait for so many others."""
-    row[st.AT["state"]], row[st.AT["ready"]], row[st.AT["due_at"]] = BLOCKED, None, None
-    row[st.AT["reason"]], row[st.AT["waits"]] = reason, waits
-    if option(row[st.AT["options"]], DELAY) is not None:
-        row[st.AT["run_at"]] = None  # it counts from when it could start
+    row[AT["state"]], row[AT["ready"]], row[AT["due_at"]] = BLOCKED, None, None
+    row[AT["reason"]], row[AT["waits"]] = reason, waits
+    if option(row[AT["options"]], DELAY) is not None:
+        row[AT["run_at"]] = None  # it counts from when it could start
 
 
 def waits_reason(ids: Sequence[int]) -> str:
@@ -56,18 +58,18 @@ class Joins:
         """Block a new join; returns its edges. there: the ids of the branches that were planned."""
         needed = {name: there[id] for name, id in branches.items()}
         if needed != branches:
-            row[st.AT["options"]] = with_branches(row[st.AT["options"]], needed)
+            row[AT["options"]] = with_branches(row[AT["options"]], needed)
             self.met += [id for name, id in needed.items() if id != branches[name]]
         block(row, len(needed), waits_reason(list(needed.values())))
-        if len(row) > st.PLAIN:
+        if len(row) > PLAIN:
             # It comes to its line when it could start: a branch may need a turn of the same line.
-            row[st.AT["serial_key"]] = None
+            row[AT["serial_key"]] = None
         return [(row[0], id) for id in needed.values()]
 
     def stand_in(self, steps: Mapping[tuple[int, int], Accepted]) -> None:
         """Have joins wait for steps that their branches have appended. Each by join and branch."""
         joins = sorted({(join,) for join, _ in steps})
-        found = self._tx.fetch_rows(st.THESE_JOBS, joins)
+        found = self._tx.fetch_rows(THESE_JOBS, joins)
         options = {row[0]: row[6] for row in found}
         edges = set(self._tx.fetch_rows(st.NEEDS_OF, joins))
         added = set()

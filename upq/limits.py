@@ -18,11 +18,12 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Protocol
 
-from upq import statements as st
 from upq.errors import Busy, WrongState
 from upq.events import Event
 from upq.job import BLOCKED, CANCELLED, EXPIRED, FINAL, QUEUED, REJECT, REPLACE, RUNNING, Limits
 from upq.sql import Tx
+from upq.statements import limits as st
+from upq.statements.jobs import AT
 
 #: The name under which a job's `options` keep what is left of its limits.
 KEPT = "limits"
@@ -117,7 +118,7 @@ class Limiter:
 
     def check_child(self, row: list[Any], found: tuple[int, str] | None) -> None:
         """Refuse a child that would wait for one that waits for it: the parent and those above."""
-        parent, key = row[st.AT["parent"]], row[st.AT["serial_key"]]
+        parent, key = row[AT["parent"]], row[AT["serial_key"]]
         if found is not None:
             self.check_repeat(parent, *found)
         elif key is not None and not is_paced(key):
@@ -195,7 +196,7 @@ class Limiter:
 
         before: how many jobs of a type, or of a serial key, the same submit has before it.
         """
-        type, key = row[st.AT["type"]], row[st.AT["serial_key"]] if limits.serial else None
+        type, key = row[AT["type"]], row[AT["serial_key"]] if limits.serial else None
         if limits.max_queue:
             waiting = self.count(type, QUEUED, BLOCKED) + before[type]
             room = len(self.waiting(type, key)) if limits.when_busy == REPLACE and waiting else 0
@@ -221,7 +222,7 @@ class Limiter:
         for at, (row, one) in enumerate(zip(new, limits, strict=True)):
             if one is not None and one.when_busy == REPLACE:
                 kept_ids = {later[0] for later in new[at:]}
-                old = self.waiting(row[st.AT["type"]], row[st.AT["serial_key"]]) - kept_ids
+                old = self.waiting(row[AT["type"]], row[AT["serial_key"]]) - kept_ids
                 ended = self.end_waiting(old, CANCELLED, reason=f"replaced by {row[0]}", who=who)
                 replaced += [id for id, _ in ended]
         return replaced

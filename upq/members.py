@@ -11,10 +11,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from upq import statements as st
 from upq.job import BATCH, BLOCKED, CANCELLED, DONE, ENDED, EXPIRED, FAILED, FINAL, encode
 from upq.joins import after_reason
 from upq.sql import Tx
+from upq.statements import members as st
+from upq.statements.waits import BLOCK_JOBS, DELETE_OWN_EDGES, LOWER_WAITS, SET_DATA
 from upq.vault import Vault
 from upq.workflow import option
 
@@ -72,7 +73,7 @@ class Members:
         blocked = {id for id, _, state in waiting if state == BLOCKED and id in batches}
         if blocked:
             reasons = [(id, self.told(id, batches[id])) for id in sorted(blocked)]
-            self._tx.run_rows(st.BLOCK_JOBS, reasons)
+            self._tx.run_rows(BLOCK_JOBS, reasons)
         if ended:
             lower(ended)
         return set(batches)
@@ -82,7 +83,7 @@ class Members:
         batches = self._followups(waiting)
         more = Counter(id for id, *_ in waiting if id in batches and batches[id]["when"] == ENDED)
         if more:
-            self._tx.run_rows(st.LOWER_WAITS, sorted((id, -n) for id, n in more.items()))
+            self._tx.run_rows(LOWER_WAITS, sorted((id, -n) for id, n in more.items()))
 
     def _followups(self, waiting: Sequence[tuple[int, int, str]]) -> dict[int, dict[str, Any]]:
         """Those of these rows of DEPENDENTS_OF that follow a batch, with what is kept of it."""
@@ -110,5 +111,5 @@ class Members:
             }
             found.append((id, self._vault.merged(untold[id], {BATCH: encode(told)})))
         if found:
-            self._tx.run_rows(st.SET_DATA, found)
-            self._tx.run_rows(st.DELETE_OWN_EDGES, [(id,) for id, _ in found])
+            self._tx.run_rows(SET_DATA, found)
+            self._tx.run_rows(DELETE_OWN_EDGES, [(id,) for id, _ in found])

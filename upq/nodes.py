@@ -9,11 +9,11 @@ import os
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from upq import statements as st
 from upq.batch import LEASE_S, Batch
 from upq.job import CANCELLED, FAILED, QUEUED, RUNNING, Job
 from upq.limits import kept
 from upq.record import crashes_of, read_claimed
+from upq.statements import nodes as st
 from upq.vault import Vault
 from upq.writer import Replay
 

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
-from upq import statements as st
-from upq import when
-from upq.batch import Act, Batch, Claim, Finish, Submit, Want
+from upq import alerts, when
+from upq.batch import Act, Batch
+from upq.changes import Claim, Finish, Submit, Want
+from upq.clauses import CHUNK
 from upq.db import Database
 from upq.draws import Draw, Plan, Spent
 from upq.errors import IsCancelled, NotFound, RequestError, Unavailable, WrongState
@@ -58,6 +59,7 @@ from upq.record import (
     read_waiting,
 )
 from upq.sql import Tx
+from upq.statements import jobs as st
 from upq.vault import Vault
 from upq.workflow import tie
 from upq.writer import Writer
@@ -689,7 +691,7 @@ class Queue:
             batch.follow(submits)
             told = {row[0] for one in submits for row in one.rows}
             batch.cancel_below((id for id, _ in ended), spared=told)
-            batch.note_health([wish for id, _ in ended if (wish := after[id][1]) is not None])
+            alerts.note(batch, [w for id, _ in ended if (w := after[id][1]) is not None])
             return {lane_id for _, lane_id in ended}
 
         return set(self.act(run)) if overdue else set()
@@ -734,8 +736,8 @@ class Queue:
         parent that only waited is not blamed. One that was to end is cancelled.
         """
         count = 0
-        for start in range(0, len(dead), st.CHUNK):
-            part = sorted(dead[start : start + st.CHUNK])
+        for start in range(0, len(dead), CHUNK):
+            part = sorted(dead[start : start + CHUNK])
             over = [one for one in part if is_over(one)]
             after = [then(one) for one in over]
             follow = [self.change(jobs) for jobs, _ in after if jobs]
@@ -751,7 +753,7 @@ class Queue:
         def run(batch: Batch) -> int:
             requeue(batch, part, crashed=True)
             batch.follow(follow, [one.id for one in part if one.cancel_asked])
-            batch.note_health(wishes)
+            alerts.note(batch, wishes)
             return len(part)
 
         return run
@@ -764,7 +766,7 @@ class Queue:
         lanes: dict[str, list[int]] = {}
         for one in self.lanes.values():
             lanes.setdefault(one.type, []).append(one.id)
-        self.act(lambda batch: batch.tend_health(rules, lanes))
+        self.act(lambda batch: alerts.tend(batch, rules, lanes))
 
     def forget_nodes(self, owners: Iterable[str]) -> None:
         """Remove rows of dead incarnations, once their jobs are taken back."""

@@ -7,13 +7,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from upq import statements as st
 from upq import when
 from upq.batch import Batch
+from upq.clauses import CHUNK
 from upq.job import CANCELLED, DONE, EXPIRED, FAILED, FINAL
 from upq.jobsettings import JobSettings
 from upq.queue import Queue
 from upq.settings import Db, Settings
+from upq.statements import retention as st
+from upq.statements.jobs import KEEP_LAST_EVENT
+from upq.statements.waits import DELETE_OWN_EDGES, PLAIN_STATES_OF
 
 #: Seconds that one step may take; then others get their turn.
 STEP_S = 1.0
@@ -92,21 +95,21 @@ def purge(queue: Queue, state: str, before: int, walk: Walk | None = None) -> in
     def run(batch: Batch) -> tuple[int, list[Any]]:
         ended_at, above = on.mark
         page = batch.tx.fetch(st.ENDED_ALIKE, state=state, ended_at=ended_at, above=above)
-        if len(page) < st.CHUNK:
+        if len(page) < CHUNK:
             page += batch.tx.fetch(st.ENDED_LATER, state=state, ended_at=ended_at, before=before)[
-                : st.CHUNK - len(page)
+                : CHUNK - len(page)
             ]
         ids = [(id,) for id, type, at in page if at < before and on.due(type)]
         old = unneeded(batch, state, sorted(ids)) if ids else []
         ids = sorted((row[0],) for row in old)
         if ids:
             if not queue.shared:
-                batch.tx.run(st.KEEP_LAST_EVENT)
+                batch.tx.run(KEEP_LAST_EVENT)
             for sql in (
                 st.DELETE_EVENTS,
                 st.DELETE_OUTPUTS,
                 st.DELETE_STEPS,
-                st.DELETE_OWN_EDGES,
+                DELETE_OWN_EDGES,
                 st.DELETE_JOBS,
             ):
                 batch.tx.run_rows(sql, ids)
@@ -117,7 +120,7 @@ def purge(queue: Queue, state: str, before: int, walk: Walk | None = None) -> in
     count, page = queue.act(run)
     if page:
         on.mark = (page[-1][2], page[-1][0])
-    on.is_over = len(page) < st.CHUNK
+    on.is_over = len(page) < CHUNK
     return int(count)
 
 
@@ -128,7 +131,7 @@ def unneeded(batch: Batch, state: str, ids: list[tuple[int]]) -> list[Any]:
     """
     found = [row for row in batch.tx.fetch_rows(st.LOCK_ENDED, ids) if row[2] == state]
     parents = sorted({(row[3],) for row in found if row[3] is not None})
-    states = dict(batch.tx.fetch_rows(st.PLAIN_STATES_OF, parents)) if parents else {}
+    states = dict(batch.tx.fetch_rows(PLAIN_STATES_OF, parents)) if parents else {}
     awaited = {row[0] for row in batch.tx.fetch_rows(st.AWAITED_OF, ids)}
 
     def is_needed(row: Any) -> bool:

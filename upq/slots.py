@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from upq import statements as st
 from upq.batch import Batch
 from upq.errors import RequestError
 from upq.job import Accepted, NewJob
 from upq.queue import Queue
+from upq.statements import slots as st
 
 
 class Due(NamedTuple):

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 
 from upq import schema, when
+from upq.clauses import CHUNK
 from upq.db import Database
 from upq.errors import NotFound
 from upq.job import BAD, BLOCKED, ENDED, FAILED, FINAL, QUEUED, RUNNING, STATES
@@ -20,7 +21,10 @@ from upq.members import kept_batch
 from upq.record import LOCKED
 from upq.secret import mask, scrub, secret_texts
 from upq.sql import Sql
-from upq.statements import AGAIN, AWAITED_BY, CHUNK, LINE, MEMBER, MEMBERS_OF, OPTIONS_OF, RATE
+from upq.statements.family import AGAIN, MEMBER, MEMBERS_OF
+from upq.statements.limits import LINE, RATE
+from upq.statements.members import OPTIONS_OF
+from upq.statements.waits import AWAITED_BY
 from upq.vault import NoKey, Vault
 from upq.whole import Member
 
