@@ -306,7 +306,7 @@ class Dispatcher:
             raise Denied("notify is queued by upq itself")
         if not cls.queued:
             # Its answer may tell of other people's jobs.
-            self._must_read(peer)
+            self.access.must_read(peer)
         params = kind.accept(request.params)
         options = request.options
         message = ""
@@ -426,7 +426,7 @@ class Dispatcher:
         return {"version": self._version}
 
     def _status(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
-        self._must_read(peer)
+        self.access.must_read(peer)
         counts = dict.fromkeys(STATES, 0)
         trouble = self._queue.writer.trouble
         by_lane = {} if trouble else self._views.counts()
@@ -470,7 +470,7 @@ class Dispatcher:
         }
 
     def _queues(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
-        self._must_read(peer)
+        self.access.must_read(peer)
         return {"queues": self.list_queues()}
 
     def list_queues(self) -> list[dict[str, Any]]:
@@ -538,7 +538,7 @@ class Dispatcher:
         return found[:limit]
 
     def _jobs(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
-        self._must_read(peer, args.get("submitter", ""))
+        self.access.must_read(peer, args.get("submitter", ""))
         limit, before = args.pop("limit", 20), args.pop("before", None)
         page = self._views.page(self._queue.lanes, self._filter(args), limit, before)
         return {"jobs": page.jobs, "next": page.next}
@@ -801,11 +801,11 @@ class Dispatcher:
         return self._views.ahead(job["id"], lane.id, same, first)
 
     def _nodes(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
-        self._must_read(peer)
+        self.access.must_read(peer)
         return {"nodes": self._views.nodes()}
 
     def _schedules(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
-        self._must_read(peer)
+        self.access.must_read(peer)
         known = self.schedules()
         fired = self._views.fired([one.name for one, _ in known])
         return {
@@ -830,13 +830,13 @@ class Dispatcher:
         }
 
     def _pause(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
-        self._must_admin(peer, "pause")
+        self.access.must_admin(peer, "pause")
         self._queue.pause(args["queue"], True)
         log.info("queue %s paused by %s", args["queue"], peer.name)
         return {"queue": args["queue"], "paused": True}
 
     def _resume(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
-        self._must_admin(peer, "resume")
+        self.access.must_admin(peer, "resume")
         queue = args.get("queue")
         if queue is None:
             self._claimer.drained = False
@@ -847,35 +847,26 @@ class Dispatcher:
         return {"queue": queue, "paused": False}
 
     def _drain(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
-        self._must_admin(peer, "drain")
+        self.access.must_admin(peer, "drain")
         self._claimer.drain()
         log.info("drained by %s: no more jobs are started", peer.name)
         return {"drained": True}
 
     def _reload(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
-        self._must_admin(peer, "reload")
+        self.access.must_admin(peer, "reload")
         return {"reloaded": True, **self.reload()}
 
-    # Rights
-
-    def _must_read(self, peer: Peer, submitter: str = "") -> None:
-        if not self.access.may_read(peer, submitter):
-            raise Denied(f"{peer.name} may not read ([access] read)")
+    # Jobs that a peer may see, or change
 
     def _readable(self, id: int, peer: Peer) -> dict[str, Any]:
         job = self._views.job(id)
-        self._must_read(peer, job["submitter"])
+        self.access.must_read(peer, job["submitter"])
         return job
 
     def _managed(self, id: int, peer: Peer, verb: str) -> dict[str, Any]:
         job = self._views.job(id)
-        if not self.access.may_manage(peer, job["submitter"]):
-            raise Denied(f"{peer.name} may not {verb} a job of {job['submitter'] or 'upq'}")
+        self.access.must_manage(peer, job["submitter"], verb)
         return job
-
-    def _must_admin(self, peer: Peer, verb: str) -> None:
-        if not self.access.is_admin(peer):
-            raise Denied(f"{peer.name} may not {verb} ([access] admin)")
 
 
 def percent(progress: dict[str, Any] | None) -> str:
