@@ -14,8 +14,9 @@ from upq.batch import Batch
 from upq.claimer import Claimer
 from upq.desk import Ends
 from upq.dispatcher import Dispatcher
-from upq.errors import TooLong, Unavailable
-from upq.job import DONE, FAILED, QUEUED, RESULT_LIMIT_BYTES, NewJob, Outcome
+from upq.errors import Unavailable
+from upq.intake import Intake
+from upq.job import DONE, FAILED, QUEUED, Outcome
 from upq.jobtypes import JobTypes
 from upq.runner import Runner
 
@@ -33,7 +34,8 @@ class Front:
         claimer = Claimer(store.queue, runner, types.hold)
         ends = Ends(store.views)
         self.store = store
-        self.desk = Dispatcher(settings, types, store.queue, store.views, ends, claimer, "0")
+        self.intake = Intake(settings, types, store.queue, store.views)
+        self.desk = Dispatcher(types, store.queue, store.views, ends, claimer, self.intake, "0")
 
     def ask(self, line: str) -> Any:
         request = protocol.parse(line.encode())
@@ -139,16 +141,6 @@ def test_the_outbox_is_what_is_not_delivered_since_when(front: Front) -> None:
         store.queue.finish(claimed, Outcome(DONE))
     store.flush()
     assert (front.ask("status")["outbox"], front.ask("status")["outbox_lag_s"] >= 3600) == (1, True)
-
-
-def test_a_child_has_no_more_params_than_a_result_may_have(front: Front) -> None:
-    rest = len('{"fid":""}')
-    fits = {"fid": "x" * (RESULT_LIMIT_BYTES - rest)}
-    assert front.desk.submit_child(NewJob("hash", fits)).id
-    before = front.rows()
-    with pytest.raises(TooLong, match=f"more than {RESULT_LIMIT_BYTES}"):
-        front.desk.submit_child(NewJob("hash", {"fid": fits["fid"] + "x"}))
-    assert front.rows() == before
 
 
 def test_the_manual_has_every_counter(front: Front) -> None:

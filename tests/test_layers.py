@@ -28,7 +28,7 @@ FLOORS = (
     "jobtypes child difference retention",
     "executor",
     "process",
-    "runner schedule",
+    "runner schedule intake",
     "pool",
     "claimer",
     "desk",

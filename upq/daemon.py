@@ -34,6 +34,7 @@ from upq.errors import (
     StartError,
 )
 from upq.events import Bus
+from upq.intake import Intake
 from upq.jobtypes import JobTypes, pool_key
 from upq.lobby import Lobby
 from upq.plugins import UpqJob
@@ -181,15 +182,19 @@ class Daemon:
         self._runner = Runner(self._queue, self._types, self._lifeline)
         self._runner.keeper.declare = self._abandon
         self._claimer = Claimer(self._queue, self._runner, self._types.hold)
+        self._intake = Intake(settings, self._types, self._queue, self._views)
         self._dispatcher = Dispatcher(
-            settings, self._types, self._queue, self._views, self._ends, self._claimer, __version__
+            self._types, self._queue, self._views, self._ends, self._claimer, self._intake,
+            __version__,
+        )  # fmt: skip
+        desk = JobDesk(
+            self._queue, self._views, self._ends, self._claimer.pool, self._intake, self._dispatcher
         )
-        desk = JobDesk(self._queue, self._views, self._ends, self._claimer.pool, self._dispatcher)
-        self._runner.desk = self._dispatcher.desk = desk
+        self._runner.desk = self._intake.desk = desk
         self._dispatcher.reload = self.reload
         self._dispatcher.abandoned = lambda: self._runner.threads.abandoned
         self._retention = Retention(self._queue, settings)
-        self._scheduler = Scheduler(self._queue, self._dispatcher.scheduled)
+        self._scheduler = Scheduler(self._queue, self._intake.scheduled)
         self._scheduler.configure(settings.schedules)
         self._dispatcher.schedules = self._scheduler.list_all
         self._make_pools()
@@ -253,7 +258,7 @@ class Daemon:
             found.append(bind_unix(Path(self.socket_path), self.settings.paths.socket_chmod))
         if listen.tcp is not None:
             found.append(bind_tcp(listen.tcp.host, listen.tcp.port))
-        self._lobby = Lobby(self._dispatcher)
+        self._lobby = Lobby(self._intake, self._dispatcher)
         self._doors = [Door(sock, self._lobby, listen, place) for sock, place in found]
 
     # The daemon's own threads
@@ -370,7 +375,7 @@ class Daemon:
             self._types.configure(settings)
             self._runner.renew()
             self._queue.vault.use(settings.db.keys)
-            self._dispatcher.configure(settings)
+            self._intake.configure(settings)
             self._retention.configure(settings)
             self._make_pools()
             self._scheduler.configure(settings.schedules)
@@ -400,7 +405,7 @@ class Daemon:
         log.info("Shutting down socket server...")
         grace_s = self.settings.daemon.grace_s
         deadline_s = time.monotonic() + grace_s
-        self._dispatcher.stopping = True
+        self._intake.stopping = True
         for door in self._doors:
             # Clients of a socket that systemd keeps wait in its backlog for the next daemon.
             if door.outlives_us:

@@ -26,6 +26,7 @@ from upq.errors import (
     WrongState,
 )
 from upq.events import Event
+from upq.intake import Intake
 from upq.job import FINAL, Accepted, Job, NewJob
 from upq.joins import waits_reason
 from upq.plugins import UpqJob, wait_for
@@ -100,7 +101,6 @@ class Ends:
 class FrontDesk(Protocol):
     """The part of the dispatcher that jobs reach, handed down."""
 
-    def submit_child(self, new: NewJob) -> Accepted: ...
     def list_queues(self) -> list[dict[str, Any]]: ...
     def list_jobs(self, queue: str, limit: int) -> list[dict[str, Any]]: ...
 
@@ -170,18 +170,20 @@ class JobChild:
 class JobDesk:
     """One for all jobs of a daemon."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0917, the daemon wires it
         self,
         queue: Queue,
         views: Views,
         ends: Ends,
         pools: Callable[[str, int], Pool | None],
+        intake: Intake,
         front: FrontDesk,
     ) -> None:
         self._queue = queue
         self._views = views
         self._ends = ends
         self._pools = pools
+        self._intake = intake
         self._front = front
         self._clerks = ThreadPoolExecutor(CLERKS, "clerk")
         self._counting = threading.Lock()
@@ -231,7 +233,7 @@ class JobDesk:
     def _submit(self, parent: UpqJob, new: NewJob) -> Accepted:
         def submit() -> Accepted:
             with logs.job(parent.jobname, parent.jobid, new.root):
-                return self._front.submit_child(new)
+                return self._intake.submit_child(new)
 
         return submit() if self._waiting < CROWD else self._clerks.submit(submit).result()
 
