@@ -31,7 +31,7 @@ FLOORS = (
     "runner schedule intake",
     "pool",
     "claimer",
-    "desk",
+    "desk reasons",
     "overview",
     "dispatcher",
     "lobby",

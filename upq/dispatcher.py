@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from upq import protocol, when
@@ -26,9 +26,10 @@ from upq.overview import Overview
 from upq.plugins import Piece, stored_piece
 from upq.protocol import Request
 from upq.queue import Lane, Queue
+from upq.reasons import Reasons
 from upq.secret import mask
 from upq.statements import CHUNK
-from upq.views import AHEAD_LIMIT, Filter, Found, Pace, Views
+from upq.views import Filter, Found, Views
 from upq.whole import count_steps
 from upq.wire import Ack
 
@@ -36,8 +37,6 @@ log = logging.getLogger(__name__)
 
 #: Ids that the answer to a `cancel` or `retry` of many has.
 MANY_SHOWN = 100
-#: Of the jobs that one waits for, those that `why` names.
-AWAITED_SHOWN = 8
 #: What `queues` has of a queue that no job has gone to.
 NEVER_USED: dict[str, Any] = {
     "queue": "", "type": "", "paused": False, "reason": "", **dict.fromkeys(STATES, 0),
@@ -85,6 +84,7 @@ class Dispatcher:
             "nodes": self._nodes, "schedules": self._schedules, "pause": self._pause,
             "resume": self._resume, "reload": self._reload, "drain": self._drain,
         }  # fmt: skip
+        self._reasons = Reasons(types, queue, views, claimer, intake)
         self._overview = Overview(views, ends, self._steps)
 
     def count(self, acks: int, errs: int) -> None:
@@ -282,7 +282,7 @@ class Dispatcher:
             attempts[-1]["output_bytes"] = live[1].size_bytes
         return {
             "job": job,
-            "why": self._reason(job, self._ahead(job)),
+            "why": self._reasons.told(job, self._reasons.ahead(job)),
             "history": self._views.history(id),
             "children": self._views.children(id),
             "attempts": attempts,
@@ -435,84 +435,15 @@ class Dispatcher:
 
     def _why(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
         job = self._readable(args["id"], peer)
-        ahead = self._ahead(job)
+        ahead = self._reasons.ahead(job)
         return {
             "id": job["id"],
             "state": job["state"],
-            "why": self._reason(job, ahead),
+            "why": self._reasons.told(job, ahead),
             "since": self._views.since(job["id"]),
             "ahead": ahead,
             "progress": job["progress"],
         }
-
-    def _reason(self, job: dict[str, Any], ahead: int | None) -> str:
-        """One sentence: why the job does not run, with what goes before it and since when."""
-        since = self._views.since(job["id"]) or job["created_at"]
-        if job["state"] in FINAL:
-            message = f": {job['message']}" if job["message"] else ""
-            return f"it is {job['state']} since {job['ended_at']}{message}"
-        if job["state"] == RUNNING:
-            causes = [job["reason"], told_progress(job["progress"])]
-            return " and ".join([f"it runs since {job['started_at']}", *filter(None, causes)])
-        causes = [cause for cause in self._causes(job) if cause]
-        if not causes:
-            causes = [self._places(job)]
-        count = f"{AHEAD_LIMIT} jobs or more" if ahead == AHEAD_LIMIT else f"{ahead} jobs"
-        jobs = "1 job is" if ahead == 1 else f"{count} are"
-        return f"it waits since {since}: {'; '.join(causes)}; {jobs} ahead of it"
-
-    def _causes(self, job: dict[str, Any]) -> Iterator[str]:
-        """What keeps a waiting job from being started, apart from others that use the places."""
-        yield self._queue.writer.trouble
-        if self._intake.stopping:
-            yield "the daemon is stopping"
-        if self._claimer.drained:
-            yield "the daemon is drained; `resume` lets it start jobs again"
-        awaited, n = self._views.awaited(job["id"], AWAITED_SHOWN)
-        # What is shown is that of its lane, where that holds it.
-        own = self._views.own_reason(job["id"])
-        if job["run_at"] is not None and when.instant(job["run_at"]) > when.now():
-            told = ": ".join(filter(None, (own, job["message"]))) if own else ""
-            yield f"it is not to start before {job['run_at']}{f' ({told})' if told else ''}"
-        elif (turn := self._views.turn(job["id"])) is not None:
-            if isinstance(turn, Pace):
-                yield f"{turn.rate}: not before {when.iso(turn.not_before)}"
-            else:
-                yield f"its turn comes after that of job {turn.holder} (key {turn.key})"
-        else:
-            yield own
-        if awaited:
-            some = ", ".join(f"{other} ({is_})" for other, is_ in awaited)
-            yield f"it needs {some}{f' and {n - len(awaited)} more' if n > len(awaited) else ''}"
-        yield self._claimer.reason(self._lane_of(job))
-        if job["expires_at"] is not None:
-            yield f"it expires at {job['expires_at']}"
-
-    def _lane_of(self, job: dict[str, Any]) -> Lane:
-        return self._queue.lane(job["queue"], job["type"])
-
-    def _places(self, job: dict[str, Any]) -> str:
-        lane = self._lane_of(job)
-        pool = self._claimer.pool_of(lane)
-        name = self._types.rules.pool_name(lane)
-        places = pool.sizes() if pool else {"running": 0, "places": 0}
-        busy = ", ".join(
-            f"{one.id}{f' {told}' if plugin and (told := percent(plugin.last_progress)) else ''}"
-            for one, plugin in (pool.running()[:8] if pool else ())
-        )
-        of = f"pool {name}" if name else job["type"]
-        return (
-            f"{places['running']} of {places['places']} places of {of} are busy"
-            f"{f' (jobs {busy})' if busy else ''}"
-        )
-
-    def _ahead(self, job: dict[str, Any]) -> int | None:
-        """How many jobs go before one that waits, as far as their order is known."""
-        if job["state"] not in (QUEUED, BLOCKED):
-            return None
-        lane = self._lane_of(job)
-        first, same = self._types.rules.ahead_of(lane, self._queue.lanes.values())
-        return self._views.ahead(job["id"], lane.id, same, first)
 
     def _nodes(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
         self._intake.access.must_read(peer)
@@ -581,17 +512,3 @@ class Dispatcher:
         job = self._views.job(id)
         self._intake.access.must_manage(peer, job["submitter"], verb)
         return job
-
-
-def percent(progress: dict[str, Any] | None) -> str:
-    """How far a job is, as one word; "" when it has not said so."""
-    if not progress or progress.get("done") is None:
-        return ""
-    done, total = progress["done"], progress.get("total")
-    return f"{done / total:.0%}" if total else f"{done:g}"
-
-
-def told_progress(progress: dict[str, Any] | None) -> str:
-    """The same with its text, as part of a sentence."""
-    said = " ".join(filter(None, (percent(progress), (progress or {}).get("text"))))
-    return f"is at {said}" if said else ""
