@@ -8,9 +8,10 @@ import pytest
 import sqlalchemy as sa
 
 from tests.stores import Store
-from upq import config, protocol, schema, when
+from upq import config, protocol, schema
 from upq.access import Peer
 from upq.batch import Batch
+from upq.census import Census
 from upq.claimer import Claimer
 from upq.desk import Ends
 from upq.dispatcher import Dispatcher
@@ -35,7 +36,10 @@ class Front:
         ends = Ends(store.views)
         self.store = store
         self.intake = Intake(settings, types, store.queue, store.views)
-        self.desk = Dispatcher(types, store.queue, store.views, ends, claimer, self.intake, "0")
+        census = Census(types, store.queue, store.views, claimer)
+        self.desk = Dispatcher(
+            types, store.queue, store.views, ends, claimer, self.intake, census, "0"
+        )
 
     def ask(self, line: str) -> Any:
         request = protocol.parse(line.encode())
@@ -121,26 +125,6 @@ def test_a_transaction_that_is_rolled_back_counts_nothing(
     with pytest.raises(Unavailable):
         front.store.claim_one()
     assert front.counters == before
-
-
-def test_the_outbox_is_what_is_not_delivered_since_when(front: Front) -> None:
-    store = front.store
-    assert (front.ask("status")["outbox"], front.ask("status")["outbox_lag_s"]) == (0, 0)
-    ids = [store.submit("notify") for _ in range(3)]
-    hour_ago = sa.update(schema.job).values(created_at=schema.job.c.created_at - 3_600_000_000)
-    store.change(hour_ago.where(schema.job.c.id == ids[0]))
-    assert front.ask("status")["outbox"] == 3
-    assert 3600 <= front.ask("status")["outbox_lag_s"] < 3660, "it is next"
-    claimed = store.claim_one("notify")
-    assert front.ask("status")["outbox_lag_s"] < 60 and front.ask("status")["outbox"] == 3
-    later = when.now() + 3_600_000_000
-    store.queue.finish(claimed, Outcome(QUEUED, run_at=later, reason="retry 1 of 100"))
-    store.flush()
-    assert 3600 <= front.ask("status")["outbox_lag_s"] < 3660, "its server is down"
-    for claimed in store.claim(3, "notify"):
-        store.queue.finish(claimed, Outcome(DONE))
-    store.flush()
-    assert (front.ask("status")["outbox"], front.ask("status")["outbox_lag_s"] >= 3600) == (1, True)
 
 
 def test_the_manual_has_every_counter(front: Front) -> None:

@@ -31,6 +31,7 @@ FLOORS = (
     "runner schedule intake",
     "pool",
     "claimer",
+    "census",
     "desk reasons",
     "overview",
     "dispatcher",

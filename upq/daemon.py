@@ -18,6 +18,7 @@ from typing import Any
 
 from upq import __version__, systemd, when
 from upq import log as logs
+from upq.census import Census
 from upq.cgroup import Groups
 from upq.claimer import Claimer
 from upq.clock import Clock
@@ -183,12 +184,13 @@ class Daemon:
         self._runner.keeper.declare = self._abandon
         self._claimer = Claimer(self._queue, self._runner, self._types.hold)
         self._intake = Intake(settings, self._types, self._queue, self._views)
+        census = Census(self._types, self._queue, self._views, self._claimer)
         self._dispatcher = Dispatcher(
-            self._types, self._queue, self._views, self._ends, self._claimer, self._intake,
+            self._types, self._queue, self._views, self._ends, self._claimer, self._intake, census,
             __version__,
         )  # fmt: skip
         desk = JobDesk(
-            self._queue, self._views, self._ends, self._claimer.pool, self._intake, self._dispatcher
+            self._queue, self._views, self._ends, self._claimer.pool, self._intake, census
         )
         self._runner.desk = self._intake.desk = desk
         self._dispatcher.reload = self.reload

@@ -10,11 +10,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
 from sqlalchemy import Engine
 
 from upq import log as logs
+from upq.census import Census
 from upq.errors import (
     IsCancelled,
     KeyTaken,
@@ -98,13 +99,6 @@ class Ends:
                     del self._waiting[id]
 
 
-class FrontDesk(Protocol):
-    """The part of the dispatcher that jobs reach, handed down."""
-
-    def list_queues(self) -> list[dict[str, Any]]: ...
-    def list_jobs(self, queue: str, limit: int) -> list[dict[str, Any]]: ...
-
-
 class ChildEnd:
     """`finished` of a child: wait() gives the parent's place back meanwhile."""
 
@@ -177,14 +171,14 @@ class JobDesk:
         ends: Ends,
         pools: Callable[[str, int], Pool | None],
         intake: Intake,
-        front: FrontDesk,
+        census: Census,
     ) -> None:
         self._queue = queue
         self._views = views
         self._ends = ends
         self._pools = pools
         self._intake = intake
-        self._front = front
+        self._census = census
         self._clerks = ThreadPoolExecutor(CLERKS, "clerk")
         self._counting = threading.Lock()
         # Parents that wait.
@@ -195,10 +189,10 @@ class JobDesk:
         return self._queue.database.jobs
 
     def list_queues(self) -> list[dict[str, Any]]:
-        return self._front.list_queues()
+        return self._census.list_queues()
 
     def list_jobs(self, queue: str, limit: int) -> list[dict[str, Any]]:
-        return self._front.list_jobs(queue, limit)
+        return self._census.list_jobs(queue, limit)
 
     def end(self, id: int) -> End | None:
         return self._views.end(id)

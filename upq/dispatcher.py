@@ -14,12 +14,13 @@ from typing import Any
 
 from upq import protocol, when
 from upq.access import Peer
+from upq.census import Census
 from upq.claimer import Claimer
 from upq.config import ScheduleSettings
 from upq.desk import Ends
 from upq.errors import BadParams, NotFound, TimedOut, UnknownCommand
 from upq.intake import Intake
-from upq.job import BLOCKED, DONE, FAILED, FINAL, QUEUED, RUNNING, STATES
+from upq.job import BLOCKED, DONE, FAILED, FINAL, QUEUED, RUNNING
 from upq.jobtypes import JobTypes
 from upq.notify import NOTIFY
 from upq.overview import Overview
@@ -37,11 +38,6 @@ log = logging.getLogger(__name__)
 
 #: Ids that the answer to a `cancel` or `retry` of many has.
 MANY_SHOWN = 100
-#: What `queues` has of a queue that no job has gone to.
-NEVER_USED: dict[str, Any] = {
-    "queue": "", "type": "", "paused": False, "reason": "", **dict.fromkeys(STATES, 0),
-    "concurrent": 0, "threads": 0, "pool": "", "oldest_queued_s": None,
-}  # fmt: skip
 
 Alive = Callable[[], bool]
 
@@ -57,6 +53,7 @@ class Dispatcher:
         ends: Ends,
         claimer: Claimer,
         intake: Intake,
+        census: Census,
         version: str,
     ) -> None:
         self._types = types
@@ -65,6 +62,7 @@ class Dispatcher:
         self._ends = ends
         self._claimer = claimer
         self._intake = intake
+        self._census = census
         self._version = version
         self._started_at = when.now()
         #: What `reload` does and answers; set by the daemon, raises RequestError when the file has
@@ -135,21 +133,10 @@ class Dispatcher:
 
     def _status(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
         self._intake.access.must_read(peer)
-        counts = dict.fromkeys(STATES, 0)
         trouble = self._queue.writer.trouble
         by_lane = {} if trouble else self._views.counts()
-        for lane_id, lane in by_lane.items():
-            known = self._queue.lanes.get(lane_id)
-            held = self._claimer.reason(known) if known else ""
-            for state, n in lane.items():
-                counts[BLOCKED if held and state == QUEUED else state] += n
-        state = (
-            "stopping"
-            if self._intake.stopping
-            else "drained"
-            if self._claimer.drained
-            else "running"
-        )
+        stopping = self._intake.stopping
+        state = "stopping" if stopping else "drained" if self._claimer.drained else "running"
         return {
             "state": "degraded" if trouble else state,
             "trouble": trouble,
@@ -159,7 +146,7 @@ class Dispatcher:
             "database": self._queue.database.kind,
             "durable": self._queue.database.durable,
             "uptime_s": (when.now() - self._started_at) // 1_000_000,
-            "jobs": counts,
+            "jobs": self._census.totals(by_lane),
             "abandoned": self.abandoned(),
             "broken": {kind.name: str(kind.fault) for kind in self._types.broken()},
             "counters": {
@@ -179,77 +166,13 @@ class Dispatcher:
                 "asked_again": self._queue.asked_again,
                 "truncated": self._queue.truncated,
             },
-            "oldest_queued_s": max(self._ages_s(by_lane).values(), default=0),
-            **self._outbox(by_lane),
+            "oldest_queued_s": max(self._census.ages_s(by_lane).values(), default=0),
+            **self._census.outbox(by_lane),
         }
 
     def _queues(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
         self._intake.access.must_read(peer)
-        return {"queues": self.list_queues()}
-
-    def list_queues(self) -> list[dict[str, Any]]:
-        counts = self._views.counts()
-        lanes = sorted(self._queue.lanes.values(), key=lambda lane: (lane.queue, lane.type))
-        ages_s = self._ages_s(counts)
-        used = [
-            {
-                **NEVER_USED,
-                "queue": lane.queue,
-                "type": lane.type,
-                "paused": lane.paused,
-                "reason": self._claimer.reason(lane),
-                **counts.get(lane.id, {}),
-                "concurrent": pool.concurrent if (pool := self._claimer.pool_of(lane)) else 0,
-                "threads": pool.sizes()["threads"] if pool else 0,
-                "pool": self._types.rules.pool_name(lane),
-                "oldest_queued_s": ages_s.get(lane.id),
-            }
-            for lane in lanes
-        ]
-        known = {lane.queue for lane in lanes}
-        unused = [
-            {
-                **NEVER_USED,
-                "queue": name,
-                "concurrent": pool.concurrent,
-                "pool": pool.name,
-            }
-            for name, pool in sorted(self._types.rules.named().items())
-            if name not in known
-        ]
-        return used + unused
-
-    def _ages_s(self, counts: dict[int, dict[str, int]]) -> dict[int, int]:
-        """For each lane where jobs can be claimed, how long the next one has waited."""
-        waiting = [lane for lane in counts if counts[lane].get(QUEUED)]
-        oldest = self._views.oldest(waiting) if waiting else {}
-        now = when.now()
-        return {lane: (now - at) // 1_000_000 for lane, at in oldest.items()}
-
-    def _outbox(self, by_lane: dict[int, dict[str, int]]) -> dict[str, int]:
-        """How many notifications are not delivered yet, and for how long the oldest is not."""
-        lane = self._queue.known_lane(NOTIFY, NOTIFY)
-        counts = by_lane.get(lane.id, {}) if lane else {}
-        lag_s = 0
-        if lane and counts.get(QUEUED):
-            lag_s = self._ages_s({lane.id: counts}).get(lane.id, 0)
-            delayed = self._views.oldest_delayed(lane.id)
-            if delayed is not None:
-                lag_s = max(lag_s, (when.now() - delayed) // 1_000_000)
-        return {"outbox": counts.get(QUEUED, 0) + counts.get(RUNNING, 0), "outbox_lag_s": lag_s}
-
-    def list_jobs(self, queue: str, limit: int) -> list[dict[str, Any]]:
-        """What runs and waits in a queue: first what can start next, in its order."""
-        lanes = self._lanes_of(queue)
-        running, *waiting = (
-            self._views.page(self._queue.lanes, Filter(state, None, frozenset(lanes)), limit).jobs
-            for state in (RUNNING, QUEUED, BLOCKED)
-        )
-        found = running + [job for lane in lanes for job in self._views.next_jobs(lane, limit)]
-        # Those that have a time to come, and those that need other jobs.
-        known = {job["id"] for job in found}
-        found += [job for jobs in waiting for job in reversed(jobs) if job["id"] not in known]
-        return found[:limit]
+        return {"queues": self._census.list_queues()}
 
     def _jobs(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
         self._intake.access.must_read(peer, args.get("submitter", ""))
@@ -270,9 +193,6 @@ class Dispatcher:
             types = {lane.type for lane in self._queue.lanes.values() if lane.id in lanes}
             type = types.pop() if len(types) == 1 else type
         return Filter(state, type, lanes, args.get("submitter"))
-
-    def _lanes_of(self, queue: str) -> list[int]:
-        return [lane.id for lane in self._queue.lanes.values() if lane.queue == queue]
 
     def _show(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
         id = args["id"]
