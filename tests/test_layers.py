@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     "errors job when events clock log systemd interrupt pipes shim trees cgroup",
     "access params wire gates rates spawn secret steps webhook whole",
-    "protocol plugins notify schema client draws vault",
+    "protocol plugins notify schema client draws vault screen",
     "command health keeper migrations workflow",
     "db cli",
     "sql",
