@@ -12,10 +12,10 @@ ROOT = Path(__file__).parent.parent
 
 #: A file of upq/ imports only from floors below its own.
 FLOORS = (
-    "errors job when events clock log systemd interrupt pipes shim trees cgroup",
-    "access params wire gates rates spawn secret steps webhook whole",
+    "errors job when events clock log systemd interrupt pipes shim trees cgroup secret",
+    "access params wire gates rates spawn steps webhook whole output",
     "protocol plugins notify schema client draws vault screen",
-    "command health keeper migrations workflow",
+    "command health keeper migrations workflow loader",
     "db cli",
     "sql",
     "writer statements",

@@ -23,8 +23,8 @@ from upq.intake import Intake
 from upq.job import BLOCKED, DONE, FAILED, FINAL, QUEUED, RUNNING
 from upq.jobtypes import JobTypes
 from upq.notify import NOTIFY
+from upq.output import Piece, stored_piece
 from upq.overview import Overview
-from upq.plugins import Piece, stored_piece
 from upq.protocol import Request
 from upq.queue import Lane, Queue
 from upq.reasons import Reasons

@@ -45,7 +45,8 @@ from upq.job import (
 )
 from upq.jobtypes import JobType, JobTypes
 from upq.keeper import Keeper
-from upq.plugins import MESSAGE_LIMIT, Desk, UpqJob, blame, follow_up
+from upq.loader import blame
+from upq.plugins import MESSAGE_LIMIT, Desk, UpqJob, follow_up
 from upq.process import Processes
 from upq.queue import CRASH_LIMIT, Queue
 from upq.record import LOCKED, crashes_of
