@@ -36,9 +36,9 @@ class Front:
         ends = Ends(store.views)
         self.store = store
         self.intake = Intake(settings, types, store.queue, store.views)
-        census = Census(types, store.queue, store.views, claimer)
+        census = Census(types, store.queue, store.views, store.lists, claimer)
         self.desk = Dispatcher(
-            types, store.queue, store.views, ends, claimer, self.intake, census, "0"
+            types, store.queue, store.views, store.lists, ends, claimer, self.intake, census, "0"
         )
 
     def ask(self, line: str) -> Any:

@@ -25,7 +25,7 @@ FLOORS = (
     "batch kinds ini",
     "filling",
     "config queue views attempt",
-    "jobtypes child difference retention",
+    "jobtypes child difference retention lists",
     "executor",
     "process",
     "runner schedule intake",

@@ -544,7 +544,7 @@ def test_a_text_no_database_holds_does_not_stop_the_others(store: Store) -> None
     store.queue.finish(one, Outcome(DONE, "a\ud800b\0c"))
     store.queue.finish(two, Outcome(DONE))
     store.flush()
-    assert [one["state"] for one in store.views.jobs([], limit=9)] == [DONE, DONE]
+    assert [one["state"] for one in store.lists.jobs([], limit=9)] == [DONE, DONE]
     assert store.submit() > second > first
 
 
@@ -866,7 +866,7 @@ def test_a_posted_end_is_no_stray(store: Store) -> None:
     store.submit()
     store.queue.finish(store.claim_one(), Outcome(DONE))
     assert store.queue.release_strays() == []
-    assert [one["state"] for one in store.views.jobs([])] == [DONE]
+    assert [one["state"] for one in store.lists.jobs([])] == [DONE]
 
 
 # Purge
@@ -885,7 +885,7 @@ def test_purge_takes_what_is_old_with_its_history(store: Store) -> None:
         store.views.job(old)
     assert store.views.history(old) == []
     assert store.fetch(sa.select(schema.output)) == []
-    assert {kept, other} == {one["id"] for one in store.views.jobs([])}
+    assert {kept, other} == {one["id"] for one in store.lists.jobs([])}
     assert tallied(store) == counted(store)
     assert store.queue.purge(DONE, before) == 0
 

@@ -8,9 +8,10 @@ from upq import when
 from upq.claimer import Claimer
 from upq.job import BLOCKED, QUEUED, RUNNING, STATES
 from upq.jobtypes import JobTypes
+from upq.lists import Filter, Lists
 from upq.notify import NOTIFY
 from upq.queue import Queue
-from upq.views import Filter, Views
+from upq.views import Views
 
 #: What `queues` has of a queue that no job has gone to.
 NEVER_USED: dict[str, Any] = {
@@ -22,10 +23,13 @@ NEVER_USED: dict[str, Any] = {
 class Census:
     """One for the daemon; any thread may ask. `by_lane` are the counts of `Views.counts`."""
 
-    def __init__(self, types: JobTypes, queue: Queue, views: Views, claimer: Claimer) -> None:
+    def __init__(
+        self, types: JobTypes, queue: Queue, views: Views, lists: Lists, claimer: Claimer
+    ) -> None:
         self._types = types
         self._queue = queue
         self._views = views
+        self._lists = lists
         self._claimer = claimer
 
     def list_queues(self) -> list[dict[str, Any]]:
@@ -65,10 +69,10 @@ class Census:
         """What runs and waits in a queue: first what can start next, in its order."""
         lanes = [lane.id for lane in self._queue.lanes.values() if lane.queue == queue]
         running, *waiting = (
-            self._views.page(self._queue.lanes, Filter(state, None, frozenset(lanes)), limit).jobs
+            self._lists.page(self._queue.lanes, Filter(state, None, frozenset(lanes)), limit).jobs
             for state in (RUNNING, QUEUED, BLOCKED)
         )
-        found = running + [job for lane in lanes for job in self._views.next_jobs(lane, limit)]
+        found = running + [job for lane in lanes for job in self._lists.next_jobs(lane, limit)]
         # Those that have a time to come, and those that need other jobs.
         known = {job["id"] for job in found}
         found += [job for jobs in waiting for job in reversed(jobs) if job["id"] not in known]

@@ -37,6 +37,7 @@ from upq.errors import (
 from upq.events import Bus
 from upq.intake import Intake
 from upq.jobtypes import JobTypes, pool_key
+from upq.lists import Lists
 from upq.lobby import Lobby
 from upq.plugins import UpqJob
 from upq.pool import Pool, SharedPool
@@ -184,10 +185,11 @@ class Daemon:
         self._runner.keeper.declare = self._abandon
         self._claimer = Claimer(self._queue, self._runner, self._types.hold)
         self._intake = Intake(settings, self._types, self._queue, self._views)
-        census = Census(self._types, self._queue, self._views, self._claimer)
+        lists = Lists(self._views)
+        census = Census(self._types, self._queue, self._views, lists, self._claimer)
         self._dispatcher = Dispatcher(
-            self._types, self._queue, self._views, self._ends, self._claimer, self._intake, census,
-            __version__,
+            self._types, self._queue, self._views, lists, self._ends, self._claimer, self._intake,
+            census, __version__,
         )  # fmt: skip
         desk = JobDesk(
             self._queue, self._views, self._ends, self._claimer.pool, self._intake, census

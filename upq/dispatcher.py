@@ -22,6 +22,7 @@ from upq.errors import BadParams, NotFound, TimedOut, UnknownCommand
 from upq.intake import Intake
 from upq.job import BLOCKED, DONE, FAILED, FINAL, QUEUED, RUNNING
 from upq.jobtypes import JobTypes
+from upq.lists import Filter, Found, Lists
 from upq.notify import NOTIFY
 from upq.output import Piece, stored_piece
 from upq.overview import Overview
@@ -30,7 +31,7 @@ from upq.queue import Lane, Queue
 from upq.reasons import Reasons
 from upq.secret import mask
 from upq.statements import CHUNK
-from upq.views import Filter, Found, Views
+from upq.views import Views
 from upq.whole import count_steps
 from upq.wire import Ack
 
@@ -50,6 +51,7 @@ class Dispatcher:
         types: JobTypes,
         queue: Queue,
         views: Views,
+        lists: Lists,
         ends: Ends,
         claimer: Claimer,
         intake: Intake,
@@ -59,6 +61,7 @@ class Dispatcher:
         self._types = types
         self._queue = queue
         self._views = views
+        self._lists = lists
         self._ends = ends
         self._claimer = claimer
         self._intake = intake
@@ -177,7 +180,7 @@ class Dispatcher:
     def _jobs(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
         self._intake.access.must_read(peer, args.get("submitter", ""))
         limit, before = args.pop("limit", 20), args.pop("before", None)
-        page = self._views.page(self._queue.lanes, self._filter(args), limit, before)
+        page = self._lists.page(self._queue.lanes, self._filter(args), limit, before)
         return {"jobs": page.jobs, "next": page.next}
 
     def _filter(self, args: dict[str, Any]) -> Filter:
@@ -293,7 +296,7 @@ class Dispatcher:
         denied = n = 0
         for each in states:
             wanted = self._filter({**args, "state": each})
-            for chunk in self._views.chunks(wanted, since_at, now):
+            for chunk in self._lists.chunks(wanted, since_at, now):
                 mine = [one for one in chunk if self._intake.access.may_manage(peer, one.submitter)]
                 denied += len(chunk) - len(mine)
                 if limit is not None:
