@@ -13,7 +13,7 @@ from sqlalchemy import Engine
 from upq import Abort, Retry, UpqJob
 from upq.db import Database
 from upq.errors import Refused
-from upq.plugins import Loader
+from upq.loader import Loader
 
 JOBS_DIR = Path(__file__).parents[1] / "jobs"
 #: Modules there that are no jobs.

@@ -24,6 +24,7 @@ from upq.db import Database
 from upq.errors import RequestError
 from upq.events import Bus, Event
 from upq.job import Accepted, Job, NewJob
+from upq.lists import Lists
 from upq.queue import Queue, value_of
 from upq.retention import purge
 from upq.sql import Sql
@@ -47,6 +48,7 @@ class Store:
         self.queue = Queue(self.database, bus, node, machine)
         self.queue.open()
         self.views = Views(self.database, lambda lane: "", frozenset)
+        self.lists = Lists(self.views)
 
     @property
     def settles(self) -> list[str]:

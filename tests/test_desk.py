@@ -27,7 +27,7 @@ class Office:
         self.pool = Pool("hash", 1, None, lambda: None)  # type: ignore[arg-type]
         self.ends = Ends(store.views)
         store.queue._bus.subscribe(self.ends.hear)
-        self.desk = JobDesk(store.queue, store.views, self.ends, self._pool, self)  # type: ignore[arg-type]
+        self.desk = JobDesk(store.queue, store.views, self.ends, self._pool, self, None)  # type: ignore[arg-type]
 
     def _pool(self, name: str, token: int) -> Pool | None:
         return self.pool if name == "hash" else None

@@ -8,14 +8,16 @@ import pytest
 import sqlalchemy as sa
 
 from tests.stores import Store
-from upq import config, protocol, schema, when
+from upq import config, protocol, schema
 from upq.access import Peer
 from upq.batch import Batch
+from upq.census import Census
 from upq.claimer import Claimer
 from upq.desk import Ends
 from upq.dispatcher import Dispatcher
-from upq.errors import TooLong, Unavailable
-from upq.job import DONE, FAILED, QUEUED, RESULT_LIMIT_BYTES, NewJob, Outcome
+from upq.errors import Unavailable
+from upq.intake import Intake
+from upq.job import DONE, FAILED, QUEUED, Outcome
 from upq.jobtypes import JobTypes
 from upq.runner import Runner
 
@@ -33,7 +35,11 @@ class Front:
         claimer = Claimer(store.queue, runner, types.hold)
         ends = Ends(store.views)
         self.store = store
-        self.desk = Dispatcher(settings, types, store.queue, store.views, ends, claimer, "0")
+        self.intake = Intake(settings, types, store.queue, store.views)
+        census = Census(types, store.queue, store.views, store.lists, claimer)
+        self.desk = Dispatcher(
+            types, store.queue, store.views, store.lists, ends, claimer, self.intake, census, "0"
+        )
 
     def ask(self, line: str) -> Any:
         request = protocol.parse(line.encode())
@@ -119,36 +125,6 @@ def test_a_transaction_that_is_rolled_back_counts_nothing(
     with pytest.raises(Unavailable):
         front.store.claim_one()
     assert front.counters == before
-
-
-def test_the_outbox_is_what_is_not_delivered_since_when(front: Front) -> None:
-    store = front.store
-    assert (front.ask("status")["outbox"], front.ask("status")["outbox_lag_s"]) == (0, 0)
-    ids = [store.submit("notify") for _ in range(3)]
-    hour_ago = sa.update(schema.job).values(created_at=schema.job.c.created_at - 3_600_000_000)
-    store.change(hour_ago.where(schema.job.c.id == ids[0]))
-    assert front.ask("status")["outbox"] == 3
-    assert 3600 <= front.ask("status")["outbox_lag_s"] < 3660, "it is next"
-    claimed = store.claim_one("notify")
-    assert front.ask("status")["outbox_lag_s"] < 60 and front.ask("status")["outbox"] == 3
-    later = when.now() + 3_600_000_000
-    store.queue.finish(claimed, Outcome(QUEUED, run_at=later, reason="retry 1 of 100"))
-    store.flush()
-    assert 3600 <= front.ask("status")["outbox_lag_s"] < 3660, "its server is down"
-    for claimed in store.claim(3, "notify"):
-        store.queue.finish(claimed, Outcome(DONE))
-    store.flush()
-    assert (front.ask("status")["outbox"], front.ask("status")["outbox_lag_s"] >= 3600) == (1, True)
-
-
-def test_a_child_has_no_more_params_than_a_result_may_have(front: Front) -> None:
-    rest = len('{"fid":""}')
-    fits = {"fid": "x" * (RESULT_LIMIT_BYTES - rest)}
-    assert front.desk.submit_child(NewJob("hash", fits)).id
-    before = front.rows()
-    with pytest.raises(TooLong, match=f"more than {RESULT_LIMIT_BYTES}"):
-        front.desk.submit_child(NewJob("hash", {"fid": fits["fid"] + "x"}))
-    assert front.rows() == before
 
 
 def test_the_manual_has_every_counter(front: Front) -> None:

@@ -22,7 +22,7 @@ from tests import jobkit
 from tests.jobkit import JOBS_DIR, SHARED, Jobs, perform
 from upq.db import Database
 from upq.errors import Disabled
-from upq.plugins import Loader
+from upq.loader import Loader
 from upq.when import now
 
 MONTH = 30 * 86_400 * 1_000_000

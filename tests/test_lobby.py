@@ -92,7 +92,8 @@ def test_without_threads_a_client_is_told_so_and_its_place_is_free_again(
         def count(self, acks: int, errs: int) -> None:
             pass
 
-    lobby = Lobby(Desk())  # type: ignore[arg-type]
+    desk = Desk()
+    lobby = Lobby(desk, desk)  # type: ignore[arg-type]
     lobby.start()
 
     def refuse(thread: threading.Thread) -> None:
@@ -211,7 +212,8 @@ def test_one_that_asks_again_at_once_is_expected_when_no_job_runs(
             pass
 
     monkeypatch.setattr("upq.lobby.SPIN_S", 0.5)
-    lobby = Lobby(Desk())  # type: ignore[arg-type]
+    desk = Desk()
+    lobby = Lobby(desk, desk)  # type: ignore[arg-type]
     slept: list[float] = []
 
     class Poll:

@@ -25,7 +25,8 @@ from upq.job import (
     Outcome,
     Output,
 )
-from upq.views import AHEAD_LIMIT, LIST_CHARS, LIST_LIMIT, LOOK_ROWS, End, Filter, Views
+from upq.lists import Filter, Lists
+from upq.views import AHEAD_LIMIT, End, Views
 
 database, url, store = stores.database, stores.url, stores.store
 
@@ -154,85 +155,14 @@ def test_secrets_are_shown_nowhere(store: Store, discreet: Views) -> None:
     end(store, FAILED, message=f"login with {secret} failed", data={"password": secret, "x": 1},
         result={"password": secret}, output=Output(f"echo {secret}", 20, False))  # fmt: skip
     everything = str((
-        discreet.job(id), discreet.jobs([]), discreet.history(id), discreet.output(id),
+        discreet.job(id), Lists(discreet).jobs([]), discreet.history(id), discreet.output(id),
         discreet.children(id),
     ))  # fmt: skip
     assert secret not in everything
     assert "anna" in everything
 
 
-# Lists
-
-
-def test_lists_are_newest_first_and_limited(store: Store) -> None:
-    many = [store.submit() for _ in range(5)]
-    assert ids(store.views.jobs([], limit=3)) == many[:1:-1]
-    assert ids(store.views.jobs([])) == many[::-1]
-    assert store.views.jobs([], limit=0) == []
-
-
-def test_a_list_has_a_limit_of_its_own(store: Store) -> None:
-    store.copy(store.submit(), LIST_LIMIT + 5)
-    assert len(store.views.jobs([], limit=10**6)) == LIST_LIMIT
-
-
-@pytest.mark.parametrize("state", STATES)
-def test_a_list_of_a_state_has_just_its_jobs(store: Store, state: str) -> None:
-    each = one_of_each(store)
-    assert ids(store.views.jobs(store.queue.lanes, state=state)) == (
-        [each[state]] if state in each else []
-    )
-
-
-def test_ended_jobs_are_listed_by_their_end(store: Store) -> None:
-    first, second = store.submit(), store.submit()
-    one, two = store.claim(2)
-    for ended in (two, one):
-        store.queue.finish(ended, Outcome(DONE))
-        store.flush()
-    assert ids(store.views.jobs([], state=DONE)) == [first, second]
-
-
-def test_a_list_of_a_type_has_just_its_jobs(store: Store) -> None:
-    store.submit("reverify")
-    mine = store.submit("hash")
-    store.submit("hash ")
-    assert ids(store.views.jobs([], type="hash")) == [mine]
-    assert store.views.jobs([], type="HASH") == []
-    assert store.views.jobs([], type="hash", state=DONE) == []
-
-
-def test_jobs_of_a_held_lane_are_shown_as_blocked(store: Store) -> None:
-    free, held = store.submit(), store.submit("reverify")
-    waits = store.submit(after=(free,))
-    running = store.submit("reverify", priority=10)
-    store.claim_one("reverify")
-    lane = store.queue.lane("reverify", "reverify").id
-    views = Views(store.database, lambda id: "queue is paused" if id == lane else "", frozenset)
-    assert ids(views.jobs(store.queue.lanes, state=BLOCKED)) == [waits, held]
-    assert ids(views.jobs(store.queue.lanes, state=QUEUED)) == [free]
-    assert ids(views.jobs(store.queue.lanes, state=RUNNING)) == [running]
-    assert ids(views.jobs(store.queue.lanes, state=BLOCKED, type="reverify")) == [held]
-    assert ids(views.jobs(store.queue.lanes, state=BLOCKED, limit=1)) == [waits]
-    seen = views.job(held)
-    assert (seen["state"], seen["reason"]) == (BLOCKED, "queue is paused")
-
-
-def test_a_list_is_short_where_a_job_is_long(store: Store) -> None:
-    id = store.submit()
-    end(store, message="m" * (LIST_CHARS + 9), result="r" * (LIST_CHARS + 9))
-    (listed,) = store.views.jobs([])
-    assert (len(listed["message"]), listed["result"]) == (LIST_CHARS, None)
-    assert len(store.views.job(id)["message"]) == LIST_CHARS + 9
-
-
-def test_the_next_of_a_lane_are_in_the_order_of_the_claims(store: Store) -> None:
-    low, middle, high = (store.submit(priority=p) for p in (-5, 0, 5))
-    store.submit(run_at=when.now() + HOUR)
-    lane = store.queue.lane("hash", "hash").id
-    assert ids(store.views.next_jobs(lane, 9)) == [high, middle, low]
-    assert [store.views.ahead(id, lane) for id in (high, middle, low)] == [0, 1, 2]
-    assert [one.id for one in store.claim(9)] == [high, middle, low]
+# Figures
 
 
 def test_how_many_are_ahead_is_counted_to_a_limit(store: Store) -> None:
@@ -240,9 +170,6 @@ def test_how_many_are_ahead_is_counted_to_a_limit(store: Store) -> None:
     store.copy(first, AHEAD_LIMIT + 9)
     last = store.submit()
     assert store.views.ahead(last, store.queue.lane("hash", "hash").id) == AHEAD_LIMIT
-
-
-# Figures
 
 
 def test_counts_are_of_each_lane_and_state(store: Store) -> None:
@@ -273,7 +200,7 @@ def test_many_threads_may_look_while_jobs_come(store: Store) -> None:
     def look() -> None:
         while not over.is_set():
             try:
-                store.views.jobs(store.queue.lanes), store.views.counts()
+                store.lists.jobs(store.queue.lanes), store.views.counts()
             except BaseException as error:
                 faults.append(error)
 
@@ -298,17 +225,17 @@ def test_nothing_that_is_asked_often_reads_the_whole_table(store: Store) -> None
     ready = [store.submit() for _ in range(30)]
     store.claim(3)
     store.accepted(*[NewJob("reverify", {}) for _ in range(30)])
-    views, lanes = store.views, store.queue.lanes
+    views, lists, lanes = store.views, store.lists, store.queue.lanes
     paused = store.queue.lane("paused", "paused").id
     asked: dict[str, Callable[[], object]] = {
-        "jobs": lambda: views.jobs(lanes),
-        "type": lambda: views.jobs(lanes, type="paused"),
-        "no type": lambda: views.jobs(lanes, type="none"),
-        **{state: lambda state=state: views.jobs(lanes, state=state) for state in STATES},  # type: ignore[misc]
-        "page": lambda: views.page(lanes, Filter(), before=many.done + 500),
-        "page of ended": lambda: views.page(lanes, Filter(DONE), before=many.done + 500),
-        "page of a type": lambda: views.page(lanes, Filter(None, "paused"), before=many.paused + 9),
-        "of two": lambda: views.page(lanes, Filter(DONE, "paused", frozenset({paused}))),
+        "jobs": lambda: lists.jobs(lanes),
+        "type": lambda: lists.jobs(lanes, type="paused"),
+        "no type": lambda: lists.jobs(lanes, type="none"),
+        **{state: lambda state=state: lists.jobs(lanes, state=state) for state in STATES},  # type: ignore[misc]
+        "page": lambda: lists.page(lanes, Filter(), before=many.done + 500),
+        "page of ended": lambda: lists.page(lanes, Filter(DONE), before=many.done + 500),
+        "page of a type": lambda: lists.page(lanes, Filter(None, "paused"), before=many.paused + 9),
+        "of two": lambda: lists.page(lanes, Filter(DONE, "paused", frozenset({paused}))),
         "since": lambda: views.since(many.done + 50),
         "attempts": lambda: views.attempts(many.done + 50),
         "job": lambda: views.job(many.done),
@@ -317,7 +244,7 @@ def test_nothing_that_is_asked_often_reads_the_whole_table(store: Store) -> None
         "children": lambda: views.children(many.done),
         "child": lambda: views.child("x" * 64),
         "awaited": lambda: views.awaited(many.blocked),
-        "next": lambda: views.next_jobs(paused, 10),
+        "next": lambda: lists.next_jobs(paused, 10),
         "ahead": lambda: views.ahead(ready[-1], store.queue.lane("hash", "hash").id),
         "counts": views.counts,
         "oldest": lambda: views.oldest(lanes),
@@ -326,71 +253,6 @@ def test_nothing_that_is_asked_often_reads_the_whole_table(store: Store) -> None
     }
     slow = {name: ms for name, act in asked.items() if (ms := least_ms(act)) > 12}
     assert slow == {}
-
-
-@pytest.mark.slow
-@pytest.mark.alone
-def test_what_no_index_has_is_looked_for_a_while_and_then_goes_on(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mine = store.submit(submitter="anna")
-    store.copy(store.submit(submitter="bert"), 3 * LOOK_ROWS)
-    last = store.submit(submitter="anna")
-    monkeypatch.setattr("upq.views.LOOK_S", 60.0)
-    assert ids(store.views.jobs([], submitter="anna")) == [last, mine]
-    monkeypatch.setattr("upq.views.LOOK_S", 0.0)
-    seen, before, pages = [], None, 0
-    while True:
-        page = store.views.page([], Filter(submitter="anna"), before=before)
-        seen += ids(page.jobs)
-        before, pages = page.next, pages + 1
-        if before is None:
-            break
-    assert (seen, pages > 2) == ([last, mine], True)
-
-
-def test_pages_of_every_list_hold_each_job_once(store: Store) -> None:
-    first = [store.submit() for _ in range(7)]
-    for _ in range(3):
-        end(store)
-    held = [store.submit("reverify") for _ in range(4)]
-    waits = [store.submit(after=(first[-1],)) for _ in range(3)]
-    lane = store.queue.lane("reverify", "reverify").id
-    views = Views(store.database, lambda id: "paused" if id == lane else "", frozenset)
-    for wanted, expected in (
-        (Filter(), first + held + waits),
-        (Filter(DONE), first[:3]),
-        (Filter(QUEUED), first[3:]),
-        (Filter(BLOCKED), held + waits),
-        (Filter(None, "reverify"), held),
-        (Filter(None, None, frozenset({lane})), held),
-    ):
-        seen: list[int] = []
-        before = None
-        while True:
-            page = views.page(store.queue.lanes, wanted, 2, before)
-            seen += ids(page.jobs)
-            before = page.next
-            if before is None:
-                break
-        assert sorted(seen) == expected, wanted
-        assert len(set(seen)) == len(seen)
-
-
-def test_jobs_to_change_are_read_in_parts(store: Store) -> None:
-    a, b = store.submit(), store.submit()
-    (one, two) = store.claim(2)
-    for ended in (two, one):
-        store.queue.finish(ended, Outcome(FAILED))
-        store.flush()
-    other = store.submit("reverify")
-    now = when.now()
-    found = [[one.id for one in part] for part in store.views.chunks(Filter(FAILED), None, now)]
-    assert found == [[b, a]]
-    assert [*store.views.chunks(Filter(FAILED), now, now)] in ([], [[]])
-    assert [*store.views.chunks(Filter(QUEUED, "hash", frozenset()), None, now)] == []
-    parts = store.views.chunks(Filter(QUEUED), now - HOUR, now)
-    assert [one.id for part in parts for one in part] == [other]
 
 
 def least_ms(act: Callable[[], object]) -> float:

@@ -15,6 +15,8 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from upq.errors import Denied
+
 #: How long a changed group membership may go unnoticed.
 CACHE_S = 60
 EVERYONE = "*"
@@ -106,6 +108,20 @@ class Access:
     def may_manage(self, peer: Peer, submitter: str) -> bool:
         """Whether the peer may cancel or retry a job of that submitter."""
         return peer.name == submitter or self.is_admin(peer)
+
+    # The same as refusals: each raises Denied.
+
+    def must_read(self, peer: Peer, submitter: str = "") -> None:
+        if not self.may_read(peer, submitter):
+            raise Denied(f"{peer.name} may not read ([access] read)")
+
+    def must_manage(self, peer: Peer, submitter: str, verb: str) -> None:
+        if not self.may_manage(peer, submitter):
+            raise Denied(f"{peer.name} may not {verb} a job of {submitter or 'upq'}")
+
+    def must_admin(self, peer: Peer, verb: str) -> None:
+        if not self.is_admin(peer):
+            raise Denied(f"{peer.name} may not {verb} ([access] admin)")
 
 
 def unknown_principals(words: Iterable[str]) -> list[str]:

@@ -17,7 +17,8 @@ from upq.errors import (
 )
 from upq.interrupt import Interrupted
 from upq.job import CANCELLED, DONE, FAILED, RESULT_LIMIT_BYTES, encode
-from upq.plugins import UpqJob, blame, raised_at
+from upq.loader import blame, raised_at
+from upq.plugins import UpqJob
 
 log = logging.getLogger(__name__)
 

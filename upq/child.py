@@ -25,7 +25,9 @@ from upq.errors import RequestError, UpqError
 from upq.interrupt import Door, Interrupted
 from upq.job import FINAL
 from upq.keeper import Keeper
-from upq.plugins import Clipped, Loader, UpqJob, blame, follow_up, wait_for
+from upq.loader import Loader, blame
+from upq.output import Clipped
+from upq.plugins import UpqJob, follow_up, wait_for
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine

@@ -18,6 +18,7 @@ from typing import Any
 
 from upq import __version__, systemd, when
 from upq import log as logs
+from upq.census import Census
 from upq.cgroup import Groups
 from upq.claimer import Claimer
 from upq.clock import Clock
@@ -33,7 +34,9 @@ from upq.errors import (
     StartError,
 )
 from upq.events import Bus
+from upq.intake import Intake
 from upq.jobtypes import JobTypes, pool_key
+from upq.lists import Lists
 from upq.lobby import Lobby
 from upq.nodes import BEAT_S
 from upq.plugins import UpqJob
@@ -183,16 +186,22 @@ class Daemon:
         self._runner = Runner(self._queue, self._types, self._lifeline)
         self._runner.keeper.declare = self._abandon
         self._claimer = Claimer(self._queue, self._runner, self._types.hold)
+        self._intake = Intake(settings, self._types, self._queue, self._views)
+        lists = Lists(self._views)
+        census = Census(self._types, self._queue, self._views, lists, self._claimer)
         self._dispatcher = Dispatcher(
-            settings, self._types, self._queue, self._views, self._ends, self._claimer, __version__
+            self._types, self._queue, self._views, lists, self._ends, self._claimer, self._intake,
+            census, __version__,
+        )  # fmt: skip
+        desk = JobDesk(
+            self._queue, self._views, self._ends, self._claimer.pool, self._intake, census
         )
-        desk = JobDesk(self._queue, self._views, self._ends, self._claimer.pool, self._dispatcher)
-        self._runner.desk = self._dispatcher.desk = desk
+        self._runner.desk = self._intake.desk = desk
         self._dispatcher.reload = self.reload
         self._dispatcher.abandoned = lambda: self._runner.threads.abandoned
         self._retention = Retention(self._queue, settings)
         self._slots = Slots(self._queue)
-        self._scheduler = Scheduler(self._slots, self._dispatcher.scheduled)
+        self._scheduler = Scheduler(self._slots, self._intake.scheduled)
         self._scheduler.configure(settings.schedules)
         self._dispatcher.schedules = self._scheduler.list_all
         self._make_pools()
@@ -256,7 +265,7 @@ class Daemon:
             found.append(bind_unix(Path(self.socket_path), self.settings.paths.socket_chmod))
         if listen.tcp is not None:
             found.append(bind_tcp(listen.tcp.host, listen.tcp.port))
-        self._lobby = Lobby(self._dispatcher)
+        self._lobby = Lobby(self._intake, self._dispatcher)
         self._doors = [Door(sock, self._lobby, listen, place) for sock, place in found]
 
     # The daemon's own threads
@@ -373,7 +382,7 @@ class Daemon:
             self._types.configure(settings)
             self._runner.renew()
             self._queue.vault.use(settings.db.keys)
-            self._dispatcher.configure(settings)
+            self._intake.configure(settings)
             self._retention.configure(settings)
             self._make_pools()
             self._scheduler.configure(settings.schedules)
@@ -403,7 +412,7 @@ class Daemon:
         log.info("Shutting down socket server...")
         grace_s = self.settings.daemon.grace_s
         deadline_s = time.monotonic() + grace_s
-        self._dispatcher.stopping = True
+        self._intake.stopping = True
         for door in self._doors:
             # Clients of a socket that systemd keeps wait in its backlog for the next daemon.
             if door.outlives_us:

@@ -10,11 +10,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
 from sqlalchemy import Engine
 
 from upq import log as logs
+from upq.census import Census
 from upq.errors import (
     IsCancelled,
     KeyTaken,
@@ -26,6 +27,7 @@ from upq.errors import (
     WrongState,
 )
 from upq.events import Event
+from upq.intake import Intake
 from upq.job import FINAL, Accepted, Job, NewJob
 from upq.joins import waits_reason
 from upq.plugins import UpqJob, wait_for
@@ -97,14 +99,6 @@ class Ends:
                     del self._waiting[id]
 
 
-class FrontDesk(Protocol):
-    """The part of the dispatcher that jobs reach, handed down."""
-
-    def submit_child(self, new: NewJob) -> Accepted: ...
-    def list_queues(self) -> list[dict[str, Any]]: ...
-    def list_jobs(self, queue: str, limit: int) -> list[dict[str, Any]]: ...
-
-
 class ChildEnd:
     """`finished` of a child: wait() gives the parent's place back meanwhile."""
 
@@ -170,19 +164,21 @@ class JobChild:
 class JobDesk:
     """One for all jobs of a daemon."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0917, the daemon wires it
         self,
         queue: Queue,
         views: Views,
         ends: Ends,
         pools: Callable[[str, int], Pool | None],
-        front: FrontDesk,
+        intake: Intake,
+        census: Census,
     ) -> None:
         self._queue = queue
         self._views = views
         self._ends = ends
         self._pools = pools
-        self._front = front
+        self._intake = intake
+        self._census = census
         self._clerks = ThreadPoolExecutor(CLERKS, "clerk")
         self._counting = threading.Lock()
         # Parents that wait.
@@ -193,10 +189,10 @@ class JobDesk:
         return self._queue.database.jobs
 
     def list_queues(self) -> list[dict[str, Any]]:
-        return self._front.list_queues()
+        return self._census.list_queues()
 
     def list_jobs(self, queue: str, limit: int) -> list[dict[str, Any]]:
-        return self._front.list_jobs(queue, limit)
+        return self._census.list_jobs(queue, limit)
 
     def end(self, id: int) -> End | None:
         return self._views.end(id)
@@ -231,7 +227,7 @@ class JobDesk:
     def _submit(self, parent: UpqJob, new: NewJob) -> Accepted:
         def submit() -> Accepted:
             with logs.job(parent.jobname, parent.jobid, new.root):
-                return self._front.submit_child(new)
+                return self._intake.submit_child(new)
 
         return submit() if self._waiting < CROWD else self._clerks.submit(submit).result()
 

@@ -20,6 +20,7 @@ from upq import protocol, wire
 from upq.access import Peer
 from upq.dispatcher import Dispatcher
 from upq.errors import Busy, RequestError, TimedOut
+from upq.intake import Intake
 from upq.protocol import Request
 from upq.settings import Listen
 from upq.wire import Ack
@@ -62,10 +63,11 @@ class Lines:
 class Connection:
     """One client. It rests in the lobby, or is served by a thread; never both."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0917, the lobby makes it
         self,
         sock: socket.socket,
         peer: Peer,
+        intake: Intake,
         desk: Dispatcher,
         limits: Listen,
         on_close: Callable[[], None],
@@ -73,6 +75,7 @@ class Connection:
         self._sock = sock
         self._on_close = on_close
         self._peer = peer
+        self._intake = intake
         self._desk = desk
         self._limits = limits
         self._lines = Lines()
@@ -121,7 +124,7 @@ class Connection:
                 request = protocol.parse(line)
             except RequestError:
                 request = None
-            if request is None or not self._desk.is_quick(request):
+            if request is None or not self._intake.is_quick(request):
                 self._submits.clear()
                 return None
             self._submits.append(request)
@@ -215,7 +218,7 @@ class Connection:
     def _submit(self) -> None:
         """Store the submits read so far together, and queue their replies."""
         if self._submits:
-            answers = stored(self._desk, [(request, self._peer) for request in self._submits])
+            answers = stored(self._intake, [(request, self._peer) for request in self._submits])
             self._put(answers)
 
     def _put(self, answers: Sequence[Ack | RequestError]) -> None:
@@ -235,7 +238,7 @@ class Connection:
     def _answer(self, request: Request) -> None:
         try:
             if request.kind == protocol.SUBMIT_MANY:
-                acks, batch = self._desk.submit_many(request, self._peer)
+                acks, batch = self._intake.submit_many(request, self._peer)
                 self._desk.count(len(acks), 0)
                 self._out += wire.acks(acks, batch)
             else:
@@ -263,11 +266,9 @@ class Connection:
         return not poll.poll(0)
 
 
-def stored(
-    desk: Dispatcher, submits: Sequence[tuple[Request, Peer]]
-) -> Sequence[Ack | RequestError]:
+def stored(intake: Intake, submits: Sequence[tuple[Request, Peer]]) -> Sequence[Ack | RequestError]:
     try:
-        return desk.submit_all(submits)
+        return intake.submit_all(submits)
     except Exception as error:
         log.exception("a submit failed")
         return [RequestError(f"a fault of upq: {error}")] * len(submits)
@@ -280,7 +281,8 @@ class Lobby:
     nobody waits for what others have asked.
     """
 
-    def __init__(self, desk: Dispatcher) -> None:
+    def __init__(self, intake: Intake, desk: Dispatcher) -> None:
+        self._intake = intake
         self._desk = desk
         self._epoll = select.epoll()
         self._lock = threading.Lock()
@@ -305,7 +307,7 @@ class Lobby:
         self, sock: socket.socket, peer: Peer, limits: Listen, on_close: Callable[[], None]
     ) -> None:
         """Serve a client from now on. Raises OSError."""
-        self._rest(Connection(sock, peer, self._desk, limits, on_close))
+        self._rest(Connection(sock, peer, self._intake, self._desk, limits, on_close))
 
     def _rest(self, connection: Connection) -> None:
         """Have a connection read here from now on."""
@@ -400,7 +402,7 @@ class Lobby:
             elif sip:
                 asked += sip
                 parts.append((connection, len(sip)))
-        answers = stored(self._desk, asked) if asked else ()
+        answers = stored(self._intake, asked) if asked else ()
         at = 0
         for connection, n in parts:
             try:

@@ -1,38 +1,27 @@
-"""What a job is made of: the class `UpqJob`, and finding `jobs/name.py` with its class `Name`.
+"""What a job is made of: the class `UpqJob`, and what it may ask of others.
 
 Which types exist is said by the configuration; running them is the runner's.
 """
 
 from __future__ import annotations
 
-import grp
-import importlib
-import importlib.machinery
-import importlib.util
-import inspect
 import io
 import json
 import logging
 import math
-import os
-import pwd
-import re
-import stat
-import sys
 import threading
 import time
-import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from upq.errors import BadParams, Broken, ChildFailed, TimedOut, TooLong, UpqError
+from upq.errors import BadParams, ChildFailed, TimedOut, TooLong, UpqError
 from upq.interrupt import Door
 from upq.job import DONE, FINAL, RESULT_LIMIT_BYTES, Chain, Output, encode
+from upq.output import OUTPUT_LIMIT_BYTES, Clipped, Piece
 from upq.params import ParamSpec
-from upq.secret import MASK, SHORT, open_end, scrub
+from upq.secret import scrub
 from upq.steps import Steps
 
 if TYPE_CHECKING:
@@ -40,18 +29,10 @@ if TYPE_CHECKING:
 
 #: Characters that the messages of one attempt may add up to.
 MESSAGE_LIMIT = 1 << 20
-#: Bytes of captured output kept of one attempt: half of it head, half of it tail.
-OUTPUT_LIMIT_BYTES = 1 << 20
-#: Characters of a write that are made bytes at a time.
-WRITE_CHARS = 1 << 16
 #: Seconds between two progress reports that are stored.
 PROGRESS_S = 0.5
 #: Characters that the name of a step may have.
 STEP_CHARS = 200
-#: The private package that job modules live in: a job called `json` is not the library.
-PACKAGE = "upq_jobs"
-
-log = logging.getLogger(__name__)
 
 
 class Finished(Protocol):
@@ -96,117 +77,6 @@ class Desk(Protocol):
     def progress(self, job: UpqJob, progress: dict[str, Any]) -> None: ...
     def list_queues(self) -> list[dict[str, Any]]: ...
     def list_jobs(self, queue: str, limit: int) -> list[dict[str, Any]]: ...
-
-
-class Piece(NamedTuple):
-    """A part of an output: text, the byte at which the next part begins, and all that there is."""
-
-    text: str
-    next: int
-    size_bytes: int
-
-
-def gap(left_out: int) -> bytes:
-    return f"\n[... {left_out or 'some'} bytes left out ...]\n".encode()
-
-
-def piece(head: bytes, tail: bytes, size: int, start: int) -> Piece:
-    """An output from byte `start` on, of which head and tail were kept."""
-    tail_start = size - len(tail)
-    found = bytes(head[start:])
-    if start < tail_start:
-        left_out = tail_start - max(start, len(head))
-        found += (gap(left_out) if left_out else b"") + tail
-    else:
-        found += tail[start - tail_start :]
-    # Half a character is for the next time.
-    for back in range(1, min(3, len(found)) + 1):
-        if found[-back] >= 0xC0:
-            if back < 2 + (found[-back] >= 0xE0) + (found[-back] >= 0xF0):
-                found, size = found[:-back], size - back
-            break
-        if found[-back] < 0x80:
-            break
-    return Piece(found.decode("utf-8", "replace"), max(size, start), max(size, start))
-
-
-def stored_piece(text: str, size: int, start: int) -> Piece:
-    """The same of an output that was stored."""
-    for found in re.finditer(r"\n\[\.\.\. ([0-9]+) bytes left out \.\.\.\]\n", text):
-        head, tail = text[: found.start()].encode(), text[found.end() :].encode()
-        if len(head) + int(found[1]) + len(tail) == size:
-            return piece(head, tail, size, start)
-    return piece(text.encode(), b"", len(text.encode()), start)
-
-
-class Clipped(io.TextIOBase):
-    """A text file that keeps the first and the last half of its limit and counts the rest.
-
-    Any thread may write; memory stays below twice the limit whatever is written. What holds one
-    of the `hidden` texts has *** in its place, also when it comes in several writes.
-    """
-
-    def __init__(self, limit_bytes: int = OUTPUT_LIMIT_BYTES, hidden: Sequence[str] = ()) -> None:
-        self._hidden = [text.encode("utf-8", "replace") for text in hidden]
-        # The end of what was written, which may be the beginning of a hidden text.
-        self._pending = b""
-        self._half = max(limit_bytes // 2, 1)
-        self._head = bytearray()
-        self._tail = bytearray()
-        self._size = 0
-        self._lock = threading.Lock()
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, text: str, /) -> int:
-        for start in range(0, len(text), WRITE_CHARS):
-            self.write_bytes(text[start : start + WRITE_CHARS].encode("utf-8", "replace"))
-        return len(text)
-
-    def write_bytes(self, data: bytes) -> None:
-        with self._lock:
-            if self._hidden:
-                data = self._pending + data
-                for text in self._hidden:
-                    data = data.replace(text, MASK.encode())
-                cut = len(data) - open_end(data, self._hidden)
-                data, self._pending = data[:cut], data[cut:]
-            rest = memoryview(data)  # so that no part of it is copied on the way
-            self._size += len(data)
-            room = self._half - len(self._head)
-            if room > 0:
-                self._head += rest[:room]
-                rest = rest[room:]
-            self._tail += rest[-2 * self._half :]
-            if len(self._tail) > 2 * self._half:
-                del self._tail[: -self._half]
-
-    def kept(self) -> Output | None:
-        """What was written, or None when nothing was."""
-        with self._lock:
-            end = self._pending if len(self._pending) <= SHORT else MASK.encode()
-            size, half = self._size + len(end), self._half
-            if not size:
-                return None
-            head, tail = bytes(self._head), bytes((self._tail + end)[-half:])
-        left_out = size - len(head) - len(tail)
-        if not left_out:
-            whole = readable(head + tail)
-            if len(whole) <= 2 * half:
-                return Output(whole.decode(), size, False)
-        text = readable(head)[:half] + gap(left_out) + readable(tail)[-half:]
-        return Output(text.decode("utf-8", "ignore"), size, True)
-
-    def since(self, start: int) -> Piece:
-        """What was written from byte `start` on, as far as it is kept."""
-        with self._lock:
-            return piece(bytes(self._head), bytes(self._tail), self._size, start)
-
-
-def readable(data: bytes) -> bytes:
-    """As text that every database takes; what is binary may get longer by that."""
-    return data.decode("utf-8", "replace").replace("\0", "\\0").encode()
 
 
 class Flag:
@@ -544,133 +414,6 @@ class UpqJob(Steps):
 
 #: What every job has; no parameter of a class can be called so.
 ATTRIBUTES = frozenset((*dir(UpqJob), *vars(UpqJob("", {}))))
-
-
-class SourceLoader(importlib.machinery.SourceFileLoader):
-    """Reads and writes no `__pycache__`, which others might be able to write."""
-
-    def path_stats(self, path: str) -> NoReturn:
-        raise OSError("never cached")
-
-
-class JobFinder:
-    """Imports `upq_jobs.<name>` from one folder, and only files that others cannot change.
-
-    Never looks at sys.path. One at a time is installed, by `Loader`.
-    """
-
-    def __init__(self, jobs_dir: Path) -> None:
-        self.jobs_dir = jobs_dir
-
-    def find_spec(
-        self, fullname: str, path: object = None, target: object = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        package, _, name = fullname.partition(".")
-        if package != PACKAGE or not name:
-            return None
-        file = self.jobs_dir / f"{name}.py"
-        if not file.exists():
-            return None
-        refuse_unsafe(file, self.jobs_dir)
-        loader = SourceLoader(fullname, str(file))
-        return importlib.util.spec_from_file_location(fullname, file, loader=loader)
-
-
-def refuse_unsafe(file: Path, jobs_dir: Path) -> None:
-    """Raise Broken when anyone but root and this user could have written the file."""
-    real = file.resolve()
-    if not real.is_relative_to(jobs_dir.resolve()):
-        raise Broken(f"{file}: leads out of {jobs_dir}")
-    for part in (real, *real.parents):
-        info = part.stat()
-        sticky = stat.S_ISDIR(info.st_mode) and info.st_mode & stat.S_ISVTX
-        shared = info.st_mode & stat.S_IWGRP and not is_private_group(info.st_uid, info.st_gid)
-        if (shared or info.st_mode & stat.S_IWOTH) and not sticky:
-            raise Broken(f"{part}: others can write it (chmod go-w)")
-        if info.st_uid not in (0, os.getuid()):
-            raise Broken(f"{part}: owned by uid {info.st_uid}, not by root or uid {os.getuid()}")
-
-
-def is_private_group(uid: int, gid: int) -> bool:
-    """Whether the group is the user's own, as Debian makes one for each user."""
-    try:
-        group = grp.getgrgid(gid)
-        return group.gr_name == pwd.getpwuid(uid).pw_name and not group.gr_mem
-    except KeyError:
-        return False
-
-
-class Loader:
-    """Loads job classes from one folder, each guarded: a broken module disables its own type."""
-
-    def __init__(self, jobs_dir: Path) -> None:
-        self.jobs_dir = jobs_dir
-        self._install()
-
-    def has(self, name: str) -> bool:
-        return (self.jobs_dir / f"{name}.py").exists()
-
-    def load(self, name: str) -> type[UpqJob]:
-        """The class `Name` of `name.py`. Raises Broken, which names file and line."""
-        module_name = f"{PACKAGE}.{name}"
-        file = self.jobs_dir / f"{name}.py"
-        if not file.exists():
-            raise Broken(f"{file}: no such file")
-        try:
-            module = importlib.import_module(module_name)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # even sys.exit() at import breaks only its own type
-            raise Broken(blame(error, file)) from error
-        found = getattr(module, name[:1].upper() + name[1:], None)
-        if not (isinstance(found, type) and issubclass(found, UpqJob)):
-            raise Broken(f"{file}: no class {name[:1].upper() + name[1:]}(UpqJob)")
-        try:
-            found.declared = ParamSpec.of(found, ATTRIBUTES)
-        except ValueError as error:
-            raise Broken(f"{file}:{line_of(found, str(error))}: {error}") from None
-        return found
-
-    def _install(self) -> None:
-        """Forget the modules of an earlier loader: a reload finds the files as they are now."""
-        for name in [n for n in sys.modules if n.partition(".")[0] == PACKAGE]:
-            del sys.modules[name]
-        sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, JobFinder)]
-        package = ModuleType(PACKAGE)
-        package.__path__ = [str(self.jobs_dir)]
-        sys.modules[PACKAGE] = package
-        sys.meta_path.insert(0, JobFinder(self.jobs_dir))
-
-
-def blame(error: BaseException, file: Path) -> str:
-    """`file:line: what`, with the line in the job's own file where there is one."""
-    if isinstance(error, Broken):
-        return str(error)
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{error.filename}:{error.lineno}: {type(error).__name__}: {error.msg}"
-    try:
-        text = str(error)
-    except Exception:  # of the job's own making
-        text = "its text cannot be had"
-    return f"{raised_at(error, file) or file}: {type(error).__name__}: {text}"
-
-
-def raised_at(error: BaseException, file: Path) -> str:
-    """`file:line` of the job's own code that an error came through last; "" when none did."""
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame for frame in frames if Path(frame.filename).parent == file.parent]
-    return f"{lines[-1].filename}:{lines[-1].lineno}" if lines else ""
-
-
-def line_of(cls: type, fault: str) -> int:
-    """The line of the annotation that a fault begins with, else that of the class."""
-    try:
-        lines, start = inspect.getsourcelines(cls)
-    except (OSError, TypeError):
-        return 1
-    name = fault.partition(":")[0]
-    found = [n for n, line in enumerate(lines, start) if line.strip().startswith(f"{name}:")]
-    return found[0] if found else start
 
 
 def follow_up(job: UpqJob) -> tuple[Chain, list[bool]]:

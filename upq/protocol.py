@@ -1,4 +1,4 @@
-"""A line to a request. Quotes and replies are in `wire`; what a request means is the dispatcher's.
+"""A line to a request. Quotes and replies are in `wire`; what a request means is the front desk's.
 
 `parse` raises nothing but RequestError: it is answered with one line, the connection stays open.
 """

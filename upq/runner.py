@@ -45,8 +45,9 @@ from upq.job import (
 )
 from upq.jobtypes import JobType, JobTypes
 from upq.keeper import Keeper
+from upq.loader import blame
 from upq.nodes import CRASH_LIMIT
-from upq.plugins import MESSAGE_LIMIT, Desk, UpqJob, blame, follow_up
+from upq.plugins import MESSAGE_LIMIT, Desk, UpqJob, follow_up
 from upq.process import Processes
 from upq.queue import Queue
 from upq.record import LOCKED, crashes_of

@@ -1,12 +1,11 @@
-"""Reads only: lists, counts, history. What they return is JSON; secrets are masked here.
+"""Reads only: jobs, counts, history. What they return is JSON; secrets are masked here.
 
 Times leave as ISO 8601 text in UTC. Any thread may ask; all raise Unavailable.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
@@ -15,7 +14,7 @@ from upq import schema, when
 from upq.clauses import CHUNK
 from upq.db import Database
 from upq.errors import NotFound
-from upq.job import BAD, BLOCKED, ENDED, FAILED, FINAL, QUEUED, RUNNING, STATES
+from upq.job import BAD, BLOCKED, ENDED, FAILED, FINAL, QUEUED, RUNNING
 from upq.limits import is_paced, kept_text
 from upq.members import kept_batch
 from upq.record import LOCKED
@@ -35,9 +34,6 @@ slot, step = schema.slot, schema.step
 
 #: Rows of one list at the most, and how far the place of a waiting job is counted.
 LIST_LIMIT, AHEAD_LIMIT = 1000, 1000
-#: Rows that are looked at together where no index has what is asked for, and seconds that all the
-#: looking may take before the rest is left to another page.
-LOOK_ROWS, LOOK_S = 5000, 1.0
 #: Characters of a message and of a result that a list shows; `show` has all.
 LIST_CHARS = 2000
 TIMES = ("run_at", "expires_at", "created_at", "started_at", "ended_at")
@@ -54,9 +50,6 @@ LISTED = (
     sa.func.substr(job.c.message, 1, LIST_CHARS).label("message"),
 )
 
-#: What is read of a job to see whether it is meant, where no index says so.
-FOUND = (job.c.id, job.c.lane, job.c.type, job.c.state, job.c.submitter, job.c.ended_at)
-
 
 class End(NamedTuple):
     """How a job has ended."""
@@ -67,32 +60,6 @@ class End(NamedTuple):
     #: Why the result cannot be read; "" when it can.
     locked: str = ""
     reason: str = ""
-
-
-class Filter(NamedTuple):
-    """Which jobs are meant; None leaves it open."""
-
-    state: str | None = None
-    type: str | None = None
-    #: Lanes of one queue.
-    lanes: frozenset[int] | None = None
-    submitter: str | None = None
-
-
-class Page(NamedTuple):
-    """A part of a list of jobs."""
-
-    jobs: list[dict[str, Any]]
-    #: The id after which the next part begins; None at the end of the list.
-    next: int | None
-
-
-class Found(NamedTuple):
-    """A job that many are changed with."""
-
-    id: int
-    lane: int
-    submitter: str
 
 
 class Turn(NamedTuple):
@@ -126,179 +93,15 @@ class Views:
     ) -> None:
         self._vault = vault or Vault()
         self._database = database
-        self._blocked = blocked
+        self.blocked = blocked
         self._secret = secret
 
     def job(self, id: int) -> dict[str, Any]:
         """Raises NotFound."""
-        found = self._rows(sa.select(*SHOWN).where(job.c.id == id))
+        found = self.rows(sa.select(*SHOWN).where(job.c.id == id))
         if not found:
             raise NotFound(f"no job {id}")
-        return self._shown(found[0])
-
-    def jobs(
-        self,
-        lanes: Collection[int],
-        state: str | None = None,
-        type: str | None = None,
-        limit: int = 20,
-        **more: Any,
-    ) -> list[dict[str, Any]]:
-        """The jobs of `page`."""
-        return self.page(lanes, Filter(state, type, **more), limit).jobs
-
-    def page(
-        self, lanes: Collection[int], wanted: Filter, limit: int = 20, before: int | None = None
-    ) -> Page:
-        """The newest first, from the one after job `before` on; ended jobs by their end.
-
-        `lanes` are all there are: blocked is said of lanes, not of rows. The list may end early,
-        with `next` to go on from, where much had to be looked through. Raises NotFound.
-        """
-        limit = min(limit, LIST_LIMIT)
-        held = frozenset(lane for lane in lanes if self._blocked(lane))
-        parts = [wanted]
-        if wanted.state == BLOCKED and held:
-            mine = held if wanted.lanes is None else held & wanted.lanes
-            parts.append(wanted._replace(state=QUEUED, lanes=mine))
-        elif wanted.state == QUEUED and held:
-            free = frozenset(lanes) - held
-            mine = free if wanted.lanes is None else free & wanted.lanes
-            parts = [wanted._replace(lanes=mine)]
-        over_s = time.monotonic() + LOOK_S
-        rows: list[Any] = []
-        left: list[int] = []
-        for part in parts:
-            found, next_ = self._look(part, limit, before, over_s)
-            rows += found
-            left += [next_] if next_ is not None else []
-        if len(parts) > 1:
-            # What the one part has not come to yet is not skipped by the other.
-            rows = sorted((r for r in rows if not left or r.id >= max(left)), key=lambda r: -r.id)
-        cut, rows = len(rows) > limit, rows[:limit]
-        end = rows[-1].id if cut and rows else max(left, default=None)
-        return Page([self._shown(row) for row in self._whole(rows)], end)
-
-    def _whole(self, rows: list[Any]) -> list[Any]:
-        """The rows with all that a list shows; those of FOUND are read again."""
-        short = [row.id for row in rows if len(row) == len(FOUND)]
-        if not short:
-            return rows
-        query = sa.select(*LISTED).where(job.c.id.in_(short))
-        known = {row.id: row for row in self._rows(query)}
-        whole = [row if len(row) > len(FOUND) else known.get(row.id) for row in rows]
-        return [row for row in whole if row is not None]
-
-    def _look(
-        self, wanted: Filter, limit: int, before: int | None, over_s: float
-    ) -> tuple[list[Any], int | None]:
-        """The first rows of a list, and after which id to go on, if that is not all."""
-        ended = wanted.state in FINAL
-        key: tuple[int | None, int] | None = None
-        if before is not None:
-            key = (self._ended_at(before) if ended else None, before)
-        all_ = self._how_many(wanted) if before is None else None
-        if all_ == 0 or limit == 0:
-            return [], None
-        is_exact = wanted.lanes is None and wanted.submitter is None
-        is_exact = is_exact and (wanted.state is None or wanted.type is None)
-        found: list[Any] = []
-        # One more than is asked for shows that the list goes on.
-        n = limit + 1 if is_exact else min(10 * limit, LOOK_ROWS)
-        while True:
-            rows = self._window(LISTED if is_exact else FOUND, wanted, key, n)
-            found += [row for row in rows if _fits(wanted, row)]
-            if len(found) > limit:
-                return found[:limit], found[limit - 1].id
-            if len(rows) < n or len(found) == all_:
-                return found, None
-            key = (rows[-1].ended_at if ended else None, rows[-1].id)
-            if time.monotonic() > over_s:
-                return found, rows[-1].id
-            n = min(4 * n, LOOK_ROWS)
-
-    def _window(
-        self,
-        columns: Sequence[sa.ColumnElement[Any]],
-        wanted: Filter,
-        key: tuple[int | None, int] | None,
-        n: int,
-    ) -> list[Any]:
-        """The next n rows in the order of the list, by the index that has most of what is asked."""
-        query = sa.select(*columns)
-        if wanted.state in FINAL:
-            query = query.where(job.c.state == wanted.state)
-            query = query.order_by(job.c.ended_at.desc(), job.c.id.desc())
-            for dialect in ("mysql", "mariadb"):  # which would go through the ids
-                query = query.with_hint(job, "FORCE INDEX (upq_job_state)", dialect)
-            if key is None:
-                return self._rows(query.limit(n))
-            # Those that ended at the same moment, then all before: an OR would read past the key.
-            at, id = key
-            rows = self._rows(query.where(job.c.ended_at == at, job.c.id < id).limit(n))
-            if len(rows) < n:
-                rows += self._rows(query.where(job.c.ended_at < at).limit(n - len(rows)))
-            return rows
-        if wanted.state is not None:
-            # Jobs that have not ended have no ended_at: the index on states gives them by id.
-            query = query.where(job.c.state == wanted.state, job.c.ended_at.is_(None))
-        elif wanted.type is not None:
-            query = query.where(job.c.type == wanted.type)
-        if key is not None:
-            query = query.where(job.c.id < key[1])
-        return self._rows(query.order_by(job.c.id.desc()).limit(n))
-
-    def _ended_at(self, id: int) -> int:
-        found = self._rows(sa.select(job.c.ended_at).where(job.c.id == id))
-        if not found or found[0][0] is None:
-            raise NotFound(f"before: job {id} is not in this list")
-        return int(found[0][0])
-
-    def _how_many(self, wanted: Filter) -> int | None:
-        """How many jobs there are of the kind, if the counts know it."""
-        if wanted.submitter is not None or wanted.lanes is None:
-            return None
-        states = STATES if wanted.state is None else (wanted.state,)
-        counts = self.counts()
-        return sum(counts.get(lane, {}).get(s, 0) for lane in wanted.lanes for s in states)
-
-    def chunks(
-        self, wanted: Filter, since_at: int | None, until_at: int
-    ) -> Iterator[Sequence[Found]]:
-        """Jobs in one state to be changed, the oldest first, at most CHUNK at a time.
-
-        since_at, until_at: for a final state when they ended, else when they were submitted.
-        """
-        if wanted.lanes is not None and not wanted.lanes:
-            return
-        columns = sa.select(*FOUND, job.c.created_at).where(job.c.state == wanted.state)
-        by_end = wanted.state in FINAL
-        at, id = since_at or 0, 0
-        rows: list[Any] = []
-        while not rows or len(rows) == LOOK_ROWS:
-            if by_end:
-                query = columns.where(job.c.ended_at.between(at, until_at))
-                query = query.where(sa.or_(job.c.ended_at > at, job.c.id > id))
-                query = query.order_by(job.c.ended_at, job.c.id)
-            else:
-                query = columns.where(job.c.ended_at.is_(None), job.c.id > id).order_by(job.c.id)
-            rows = self._rows(query.limit(LOOK_ROWS))
-            if not rows:
-                return
-            found = [
-                Found(row.id, row.lane, row.submitter)
-                for row in rows
-                if _fits(wanted, row) and (by_end or (since_at or 0) <= row.created_at <= until_at)
-            ]
-            for start in range(0, len(found), CHUNK):
-                yield found[start : start + CHUNK]
-            at, id = (rows[-1].ended_at if by_end else at), rows[-1].id
-
-    def next_jobs(self, lane: int, limit: int) -> list[dict[str, Any]]:
-        """The jobs of a lane that can be claimed, in the order of the claims."""
-        query = sa.select(*LISTED).where(job.c.ready == lane)
-        query = query.order_by(job.c.rank, job.c.ord, job.c.id).limit(limit)
-        return [self._shown(row) for row in self._rows(query)]
+        return self.shown(found[0])
 
     def ahead(
         self, id: int, lane: int, same: Collection[int] = (), first: Collection[int] = ()
@@ -308,7 +111,7 @@ class Views:
         Also those of other lanes: all of `first`, and of `same` those that come before it.
         """
         query = sa.select(job.c.id).where(job.c.ready == lane)
-        heads = self._rows(query.order_by(job.c.rank, job.c.ord, job.c.id).limit(AHEAD_LIMIT))
+        heads = self.rows(query.order_by(job.c.rank, job.c.ord, job.c.id).limit(AHEAD_LIMIT))
         ids = [row[0] for row in heads]
         found = ids.index(id) if id in ids else len(ids)
         others = [(one, None) for one in first] + [(one, id) for one in same if one != lane]
@@ -328,7 +131,7 @@ class Views:
                 mine.c.id == before, sa.tuple_(job.c.rank, job.c.ord, job.c.id) < sa.tuple_(*place)
             )
         counted = query.limit(AHEAD_LIMIT).subquery()
-        return int(self._rows(sa.select(sa.func.count()).select_from(counted))[0][0])
+        return int(self.rows(sa.select(sa.func.count()).select_from(counted))[0][0])
 
     def history(self, id: int) -> list[dict[str, Any]]:
         """Every change of state, the oldest first."""
@@ -340,7 +143,7 @@ class Views:
         """Every start, the oldest first: where and when, and how it ended if it has."""
         sizes = {
             row[0]: (row[1], bool(row[2]))
-            for row in self._rows(
+            for row in self.rows(
                 sa.select(output.c.attempt, output.c.size_bytes, output.c.truncated).where(
                     output.c.job == id
                 )
@@ -376,22 +179,22 @@ class Views:
 
     def own_reason(self, id: int) -> str:
         """The reason on the row, whatever its lane has to say."""
-        rows = self._rows(sa.select(job.c.reason).where(job.c.id == id))
+        rows = self.rows(sa.select(job.c.reason).where(job.c.id == id))
         return scrub(rows[0][0], self._hidden(id)) if rows else ""
 
     def since(self, id: int) -> str | None:
         """When the job came into the state that it is in."""
         query = sa.select(event.c.at).where(event.c.job == id).order_by(event.c.n.desc())
-        found = self._rows(query.limit(1))
+        found = self.rows(query.limit(1))
         return when.iso(found[0][0]) if found else None
 
     def children(self, id: int) -> list[dict[str, Any]]:
         query = sa.select(*LISTED).where(job.c.parent == id).order_by(job.c.id).limit(LIST_LIMIT)
-        return [self._shown(row) for row in self._rows(query)]
+        return [self.shown(row) for row in self.rows(query)]
 
     def members(self, id: int, most: int) -> tuple[list[Member], bool]:
         """A job and what is below it, level by level; whether there is more. Raises NotFound."""
-        root = self._rows(sa.select(*MEMBER).where(job.c.id == id))
+        root = self.rows(sa.select(*MEMBER).where(job.c.id == id))
         if not root:
             raise NotFound(f"no job {id}")
         found = level = [Member._make(root[0])]
@@ -417,8 +220,8 @@ class Views:
 
     def listed(self, ids: Collection[int]) -> dict[int, dict[str, Any]]:
         """These jobs as a list shows them."""
-        rows = self._rows(sa.select(*LISTED).where(job.c.id.in_(ids))) if ids else []
-        return {row.id: self._shown(row) for row in rows}
+        rows = self.rows(sa.select(*LISTED).where(job.c.id.in_(ids))) if ids else []
+        return {row.id: self.shown(row) for row in rows}
 
     def timeline(self, ids: Collection[int], most: int) -> tuple[list[dict[str, Any]], bool]:
         """The latest changes of state of these jobs, the oldest first; whether there were more."""
@@ -458,7 +261,7 @@ class Views:
         secret = self._secret()
         if not secret or not ids:
             return {}
-        rows = self._rows(sa.select(job.c.id, job.c.params, job.c.data).where(job.c.id.in_(ids)))
+        rows = self.rows(sa.select(job.c.id, job.c.params, job.c.data).where(job.c.id.in_(ids)))
         return {
             id: secret_texts([self._vault.decode(t, lenient=True) for t in texts if t], secret)
             for id, *texts in rows
@@ -467,7 +270,7 @@ class Views:
     def end(self, id: int) -> End | None:
         """How a job has ended; None while it has not. Raises NotFound."""
         query = sa.select(job.c.state, job.c.result, job.c.message, job.c.reason)
-        found = self._rows(query.where(job.c.id == id))
+        found = self.rows(query.where(job.c.id == id))
         if not found:
             raise NotFound(f"no job {id}")
         state, result, message, reason = found[0]
@@ -484,7 +287,7 @@ class Views:
     def child(self, key: str) -> tuple[int, bool] | None:
         """The id of the job with a child key, and whether it is to run again when asked for."""
         query = sa.select(job.c.id, job.c.parent, job.c.state, job.c.reason)
-        found = self._rows(query.where(job.c.child_key == key))
+        found = self.rows(query.where(job.c.child_key == key))
         if not found:
             return None
         id, parent, state, reason = found[0]
@@ -497,22 +300,22 @@ class Views:
         badly, and the parent was queued again since it came by it.
         """
         query = sa.select(step.c.result, step.c.at)
-        kept = self._rows(query.where(step.c.job == parent, step.c.key == key))
+        kept = self.rows(query.where(step.c.job == parent, step.c.key == key))
         if not kept:
             return None
         id, at = int(kept[0][0]), kept[0][1]
-        found = self._rows(sa.select(job.c.state).where(job.c.id == id))
+        found = self.rows(sa.select(job.c.state).where(job.c.id == id))
         if not found or found[0][0] not in BAD:
             return id if found else None
         again = sa.select(event.c.n).where(event.c.job == parent, event.c.at >= at)
         again = again.where(event.c.state == QUEUED, event.c.reason.like("retry%"))
-        return None if self._rows(again.limit(1)) else id
+        return None if self.rows(again.limit(1)) else id
 
     def _ended_between(self, parent: int, child: int) -> bool:
         """Whether a child has ended badly after one attempt of its parent and before the next."""
         query = sa.select(event.c.job, event.c.state, event.c.reason)
         waits = found = False
-        for id, state, reason in self._rows(
+        for id, state, reason in self.rows(
             query.where(event.c.job.in_((parent, child))).order_by(event.c.n)
         ):
             if id == child:
@@ -527,7 +330,7 @@ class Views:
         for start in range(0, len(ids), CHUNK):
             those = job.c.id.in_(ids[start : start + CHUNK])
             query = sa.select(job.c.id).where(those, job.c.state.in_(FINAL))
-            ended.update(row[0] for row in self._rows(query))
+            ended.update(row[0] for row in self.rows(query))
         return [id for id in ids if id not in ended]
 
     def unfinished_children(self, id: int) -> list[tuple[int, str, str]]:
@@ -535,18 +338,18 @@ class Views:
         query = sa.select(job.c.id, job.c.type, job.c.state).where(
             job.c.parent == id, job.c.child_key.is_not(None), job.c.state.not_in(FINAL)
         )
-        return [(*row,) for row in self._rows(query.order_by(job.c.id))]
+        return [(*row,) for row in self.rows(query.order_by(job.c.id))]
 
     def step(self, id: int, key: str) -> list[Any] | None:
         """What a job's step has returned, in a list; None when it was not done. Raises NoKey."""
         query = sa.select(step.c.result).where(step.c.job == id, step.c.key == key)
-        found = self._rows(query)
+        found = self.rows(query)
         return [self._vault.decode(found[0][0])] if found else None
 
     def counts(self) -> dict[int, dict[str, int]]:
         """How many jobs each lane has in each state. Costs the same with a million rows."""
         found: dict[int, dict[str, int]] = {}
-        for lane, state, n in self._rows(sa.select(tally.c.lane, tally.c.state, tally.c.n)):
+        for lane, state, n in self.rows(sa.select(tally.c.lane, tally.c.state, tally.c.n)):
             found.setdefault(lane, {})[state] = n
         return found
 
@@ -579,7 +382,7 @@ class Views:
             .subquery()
         )
         query = sa.select(sa.func.min(next_due.c.created_at)).where(next_due.c.lane == lane)
-        at: int | None = self._rows(query)[0][0]
+        at: int | None = self.rows(query)[0][0]
         return at
 
     def awaited(self, id: int, limit: int = LIST_LIMIT) -> tuple[list[tuple[int, str]], int]:
@@ -590,14 +393,14 @@ class Views:
         needed = edge.c.job == id, job.c.id == edge.c.needs
         by_end = sa.case((job.c.state.in_(FINAL), 0), else_=1)
         query = sa.select(job.c.id, job.c.state).where(*needed).order_by(by_end, job.c.id)
-        found = [(row[0], row[1]) for row in self._rows(query.limit(limit))]
+        found = [(row[0], row[1]) for row in self.rows(query.limit(limit))]
         if len(found) < limit:
             return found, len(found)
-        return found, self._rows(sa.select(sa.func.count()).where(edge.c.job == id))[0][0]
+        return found, self.rows(sa.select(sa.func.count()).where(edge.c.job == id))[0][0]
 
     def batch(self, id: int) -> dict[str, Any] | None:
         """What a job that follows a batch has of it; None for all others."""
-        found = self._rows(sa.select(job.c.options, job.c.waits).where(job.c.id == id))
+        found = self.rows(sa.select(job.c.options, job.c.waits).where(job.c.id == id))
         kept = kept_batch(found[0].options) if found else {}
         if not kept:
             return None
@@ -606,7 +409,7 @@ class Views:
 
     def turn(self, id: int) -> Turn | Pace | None:
         """Behind whom, or for what rate, a job waits for its turn; None when it does not."""
-        found = self._rows(sa.select(job.c.serial_key, job.c.options).where(job.c.id == id))
+        found = self.rows(sa.select(job.c.serial_key, job.c.options).where(job.c.id == id))
         if not found or found[0].serial_key is None:
             return None
         line, options = found[0]
@@ -614,12 +417,12 @@ class Views:
             return self._paced_turn(id, line, kept_text(options))
         of_line = sa.select(job.c.id).where(job.c.serial_key == line)
         name = schema.limit.c.name == LINE + line
-        first = self._rows(of_line.where(job.c.id == schema.limit.c.at, name))
-        holder = (first or self._rows(of_line.order_by(job.c.id).limit(1)) or [(id,)])[0][0]
+        first = self.rows(of_line.where(job.c.id == schema.limit.c.at, name))
+        holder = (first or self.rows(of_line.order_by(job.c.id).limit(1)) or [(id,)])[0][0]
         return None if holder == id else Turn(holder, kept_text(options)["serial"])
 
     def _paced_turn(self, id: int, line: str, limits: dict[str, Any]) -> Pace | None:
-        rows = self._rows(
+        rows = self.rows(
             sa.select(schema.limit.c.name, schema.limit.c.at).where(
                 schema.limit.c.name.in_([LINE + line, RATE + line])
             )
@@ -630,7 +433,7 @@ class Views:
         ahead = 0
         if holder != id:
             before = of_line.where(sa.or_(job.c.id < id, job.c.id == holder))
-            ahead = self._rows(before)[0][0]
+            ahead = self.rows(before)[0][0]
         not_before = max(free_at, when.now() if ahead else 0) + ahead * limits["every_us"]
         return Pace(limits["pace"], not_before) if not_before > when.now() else None
 
@@ -663,7 +466,10 @@ class Views:
                     found[name] = (at, id, state)
             return found
 
-    def _shown(self, row: sa.Row[Any]) -> dict[str, Any]:
+    # What lists are made of, too
+
+    def shown(self, row: sa.Row[Any]) -> dict[str, Any]:
+        """A row of SHOWN or LISTED as JSON."""
         fields = dict(row._mapping)
         lane = fields.pop("lane")
         secret = self._secret()
@@ -683,14 +489,14 @@ class Views:
         fields["cancel_asked"] = bool(fields["cancel_asked"])
         for name in TIMES:
             fields[name] = when.iso(fields[name]) if fields[name] is not None else None
-        held = self._blocked(lane) if fields["state"] == QUEUED else ""
+        held = self.blocked(lane) if fields["state"] == QUEUED else ""
         if fields["reason"] == LOCKED and fields["state"] == QUEUED:
             held = f"{LOCKED}: {fields['message']}"
         if held:
             fields["state"], fields["reason"] = BLOCKED, held
         return fields
 
-    def _rows(self, query: sa.Select[Any]) -> list[Any]:
+    def rows(self, query: sa.Select[Any]) -> list[Any]:
         with self._database.read() as connection:
             return list(connection.execute(query))
 
@@ -717,14 +523,6 @@ def _change(row: Mapping[str, Any], hidden: Sequence[str]) -> dict[str, Any]:
         "node": row["node"],
         "who": row["who"],
     }
-
-
-def _fits(wanted: Filter, row: Any) -> bool:
-    return (
-        (wanted.type is None or row.type == wanted.type)
-        and (wanted.lanes is None or row.lane in wanted.lanes)
-        and (wanted.submitter is None or row.submitter == wanted.submitter)
-    )
 
 
 def attempt_state(end: dict[str, Any]) -> str:
