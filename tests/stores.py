@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any, NamedTuple, Self
@@ -24,7 +24,7 @@ from upq.db import Database
 from upq.errors import RequestError
 from upq.events import Bus, Event
 from upq.job import Accepted, Job, NewJob
-from upq.lists import Lists
+from upq.lists import Filter, Lists
 from upq.queue import Queue, value_of
 from upq.retention import purge
 from upq.sql import Sql
@@ -87,6 +87,12 @@ class Store:
     def claim_one(self, type: str = "hash") -> Job:
         (job,) = self.claim(1, type)
         return job
+
+    def jobs(
+        self, lanes: Collection[int], limit: int = 20, lists: Lists | None = None, **wanted: Any
+    ) -> list[dict[str, Any]]:
+        """The first page of those that are wanted, as a Filter has it."""
+        return (lists or self.lists).page(lanes, Filter(**wanted), limit).jobs
 
     def purge(self, state: str, before: int) -> int:
         return purge(self.queue, state, before)

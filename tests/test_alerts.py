@@ -64,7 +64,7 @@ class Desk:
 
 def letters(at: Store) -> list[dict[str, Any]]:
     """What notify jobs there are, as they would tell it, the oldest first."""
-    jobs = at.lists.jobs(at.queue.lanes, type="notify", limit=1000)
+    jobs = at.jobs(at.queue.lanes, type="notify", limit=1000)
     return [job["params"]["job"] for job in reversed(jobs)]
 
 

@@ -110,7 +110,7 @@ def test_only_free_places_are_claimed(line: Line) -> None:
     line.store.accepted(*[NewJob("hash", {}) for _ in range(9)])
     until(lambda: len(line.started) == 2)
     time.sleep(0.1)
-    assert len(line.store.lists.jobs([], state=RUNNING)) == 2
+    assert len(line.store.jobs([], state=RUNNING)) == 2
     gate.set()
     until(lambda: line.done() == 9)
 
@@ -202,7 +202,7 @@ def test_a_type_without_a_pool_waits(line: Line) -> None:
     line.store.submit()
     time.sleep(0.05)
     assert line.claimer.step() is None
-    assert line.store.lists.jobs([])[0]["state"] == QUEUED
+    assert line.store.jobs([])[0]["state"] == QUEUED
 
 
 def test_a_held_lane_is_passed_over_until_it_is_free(line: Line) -> None:
@@ -332,7 +332,7 @@ def test_stopped_it_claims_nothing_more(line: Line) -> None:
     line.end()
     line.store.submit()
     assert line.claimer.book({1}) == []
-    assert line.store.lists.jobs([])[0]["state"] == QUEUED
+    assert line.store.jobs([])[0]["state"] == QUEUED
 
 
 def test_ends_of_jobs_go_along_with_the_next_submits(

@@ -15,20 +15,20 @@ database, url, store = stores.database, stores.url, stores.store
 
 def test_lists_are_newest_first_and_limited(store: Store) -> None:
     many = [store.submit() for _ in range(5)]
-    assert ids(store.lists.jobs([], limit=3)) == many[:1:-1]
-    assert ids(store.lists.jobs([])) == many[::-1]
-    assert store.lists.jobs([], limit=0) == []
+    assert ids(store.jobs([], limit=3)) == many[:1:-1]
+    assert ids(store.jobs([])) == many[::-1]
+    assert store.jobs([], limit=0) == []
 
 
 def test_a_list_has_a_limit_of_its_own(store: Store) -> None:
     store.copy(store.submit(), LIST_LIMIT + 5)
-    assert len(store.lists.jobs([], limit=10**6)) == LIST_LIMIT
+    assert len(store.jobs([], limit=10**6)) == LIST_LIMIT
 
 
 @pytest.mark.parametrize("state", STATES)
 def test_a_list_of_a_state_has_just_its_jobs(store: Store, state: str) -> None:
     each = one_of_each(store)
-    assert ids(store.lists.jobs(store.queue.lanes, state=state)) == (
+    assert ids(store.jobs(store.queue.lanes, state=state)) == (
         [each[state]] if state in each else []
     )
 
@@ -39,16 +39,16 @@ def test_ended_jobs_are_listed_by_their_end(store: Store) -> None:
     for ended in (two, one):
         store.queue.finish(ended, Outcome(DONE))
         store.flush()
-    assert ids(store.lists.jobs([], state=DONE)) == [first, second]
+    assert ids(store.jobs([], state=DONE)) == [first, second]
 
 
 def test_a_list_of_a_type_has_just_its_jobs(store: Store) -> None:
     store.submit("reverify")
     mine = store.submit("hash")
     store.submit("hash ")
-    assert ids(store.lists.jobs([], type="hash")) == [mine]
-    assert store.lists.jobs([], type="HASH") == []
-    assert store.lists.jobs([], type="hash", state=DONE) == []
+    assert ids(store.jobs([], type="hash")) == [mine]
+    assert store.jobs([], type="HASH") == []
+    assert store.jobs([], type="hash", state=DONE) == []
 
 
 def test_jobs_of_a_held_lane_are_shown_as_blocked(store: Store) -> None:
@@ -59,11 +59,11 @@ def test_jobs_of_a_held_lane_are_shown_as_blocked(store: Store) -> None:
     lane = store.queue.lane("reverify", "reverify").id
     views = Views(store.database, lambda id: "queue is paused" if id == lane else "", frozenset)
     lists = Lists(views)
-    assert ids(lists.jobs(store.queue.lanes, state=BLOCKED)) == [waits, held]
-    assert ids(lists.jobs(store.queue.lanes, state=QUEUED)) == [free]
-    assert ids(lists.jobs(store.queue.lanes, state=RUNNING)) == [running]
-    assert ids(lists.jobs(store.queue.lanes, state=BLOCKED, type="reverify")) == [held]
-    assert ids(lists.jobs(store.queue.lanes, state=BLOCKED, limit=1)) == [waits]
+    assert ids(store.jobs(store.queue.lanes, lists=lists, state=BLOCKED)) == [waits, held]
+    assert ids(store.jobs(store.queue.lanes, lists=lists, state=QUEUED)) == [free]
+    assert ids(store.jobs(store.queue.lanes, lists=lists, state=RUNNING)) == [running]
+    assert ids(store.jobs(store.queue.lanes, lists=lists, state=BLOCKED, type="reverify")) == [held]
+    assert ids(store.jobs(store.queue.lanes, lists=lists, state=BLOCKED, limit=1)) == [waits]
     seen = views.job(held)
     assert (seen["state"], seen["reason"]) == (BLOCKED, "queue is paused")
 
@@ -71,7 +71,7 @@ def test_jobs_of_a_held_lane_are_shown_as_blocked(store: Store) -> None:
 def test_a_list_is_short_where_a_job_is_long(store: Store) -> None:
     id = store.submit()
     end(store, message="m" * (LIST_CHARS + 9), result="r" * (LIST_CHARS + 9))
-    (listed,) = store.lists.jobs([])
+    (listed,) = store.jobs([])
     assert (len(listed["message"]), listed["result"]) == (LIST_CHARS, None)
     assert len(store.views.job(id)["message"]) == LIST_CHARS + 9
 
@@ -94,7 +94,7 @@ def test_what_no_index_has_is_looked_for_a_while_and_then_goes_on(
     store.copy(store.submit(submitter="bert"), 3 * LOOK_ROWS)
     last = store.submit(submitter="anna")
     monkeypatch.setattr("upq.lists.LOOK_S", 60.0)
-    assert ids(store.lists.jobs([], submitter="anna")) == [last, mine]
+    assert ids(store.jobs([], submitter="anna")) == [last, mine]
     monkeypatch.setattr("upq.lists.LOOK_S", 0.0)
     seen, before, pages = [], None, 0
     while True:

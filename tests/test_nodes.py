@@ -141,4 +141,4 @@ def test_a_posted_end_is_no_stray(store: Store) -> None:
     store.submit()
     store.queue.finish(store.claim_one(), Outcome(DONE))
     assert store.queue.release_strays() == []
-    assert [one["state"] for one in store.lists.jobs([])] == [DONE]
+    assert [one["state"] for one in store.jobs([])] == [DONE]

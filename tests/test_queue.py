@@ -550,7 +550,7 @@ def test_a_text_no_database_holds_does_not_stop_the_others(store: Store) -> None
     store.queue.finish(one, Outcome(DONE, "a\ud800b\0c"))
     store.queue.finish(two, Outcome(DONE))
     store.flush()
-    assert [one["state"] for one in store.lists.jobs([], limit=9)] == [DONE, DONE]
+    assert [one["state"] for one in store.jobs([], limit=9)] == [DONE, DONE]
     assert store.submit() > second > first
 
 

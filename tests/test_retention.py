@@ -296,7 +296,7 @@ def test_purge_takes_what_is_old_with_its_history(store: Store) -> None:
         store.views.job(old)
     assert store.views.history(old) == []
     assert store.fetch(sa.select(schema.output)) == []
-    assert {kept, other} == {one["id"] for one in store.lists.jobs([])}
+    assert {kept, other} == {one["id"] for one in store.jobs([])}
     assert tallied(store) == counted(store)
     assert store.purge(DONE, before) == 0
 

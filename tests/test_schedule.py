@@ -86,7 +86,7 @@ def test_a_slot_fires_when_its_time_comes_and_its_job_says_so(store: Store) -> N
     one.step()
     one.step()
     assert fired(store) == [("nightly", "13:00:00")]
-    (job,) = store.lists.jobs([])
+    (job,) = store.jobs([])
     assert (job["submitter"], job["type"], job["params"]) == (
         "schedule nightly",
         "hash",

@@ -563,7 +563,7 @@ def test_a_connection_that_breaks_in_the_commit_gives_no_wrong_answer(
             assert isinstance(answers[0], list)
         again = store.accepted(NewJob("hash", {}, key="k"))
         assert again[0].duplicate == commits
-        assert len(store.lists.jobs([])) == 2
+        assert len(store.jobs([])) == 2
 
 
 @pytest.mark.parametrize("commits", [True, False], ids=["after", "before"])
@@ -620,7 +620,7 @@ def test_a_silence_before_or_in_the_commit_is_told_in_time_and_nothing_is_lost(
         proxy.mend()
         store.flush()
         assert len(store.accepted(NewJob("hash", {}, key="k"))) == 1
-        states = sorted((job["type"], job["state"]) for job in store.lists.jobs([]))
+        states = sorted((job["type"], job["state"]) for job in store.jobs([]))
         assert states == [("hash", DONE), ("hash", "queued"), ("reverify", "queued")]
         assert store.queue.writer.recoveries == 1
 

@@ -53,17 +53,6 @@ class Lists:
     def __init__(self, views: Views) -> None:
         self._views = views
 
-    def jobs(
-        self,
-        lanes: Collection[int],
-        state: str | None = None,
-        type: str | None = None,
-        limit: int = 20,
-        **more: Any,
-    ) -> list[dict[str, Any]]:
-        """The jobs of `page`."""
-        return self.page(lanes, Filter(state, type, **more), limit).jobs
-
     def page(
         self, lanes: Collection[int], wanted: Filter, limit: int = 20, before: int | None = None
     ) -> Page:
