@@ -123,11 +123,12 @@ class World:
 
     def until_done(self, id: int) -> None:
         """Wait for the chain; each step was there once, and was done."""
-        until(lambda: len(self.chain(id)) == len(CHAIN) or self.has_failed(id))
+        until(lambda: self.has_failed(id) or len(self.chain(id)) == len(CHAIN))
         last = self.daemon.wait(self.chain(id)[-1]["id"])
         assert last["type"] == CHAIN[-1], last["message"]
         jobs = self.chain(id)
-        assert [(job["type"], job["state"]) for job in jobs] == [(name, "done") for name in CHAIN]
+        ended = [(job["type"], job["state"]) for job in jobs]
+        assert ended == [(name, "done") for name in CHAIN], last["message"]
 
     def has_failed(self, id: int) -> bool:
         """Whether a step has; one over which the daemon was killed too often is tried again."""
