@@ -10,7 +10,7 @@ from tests.test_queue import counted, end, history, reborn, tallied
 from upq.changes import Claim
 from upq.clauses import CHUNK
 from upq.job import DONE, FAILED, QUEUED, RUNNING, NewJob, Outcome
-from upq.nodes import CRASH_LIMIT
+from upq.nodes import CRASH_LIMIT, DEATHS
 
 database, url, store = stores.database, stores.url, stores.store
 
@@ -89,6 +89,9 @@ def test_a_job_that_kills_its_daemon_too_often_fails_as_crashed(url: str) -> Non
         seen = store.views.job(id)
         assert (seen["state"], seen["reason"], seen["crashes"]) == (FAILED, "crashed", CRASH_LIMIT)
         assert seen["ended_at"]
+        told = [(one["reason"], one["message"]) for one in store.views.history(id)]
+        assert (seen["message"], told[-1]) == (DEATHS, ("crashed", DEATHS))
+        assert told[:-1] == [(reason, "") for reason, _ in told[:-1]]
         assert [one.params for one in store.claim(9, "notify")] == [{"of": id}]
         assert f"job {id} is failed" in store.views.job(last)["reason"]
         assert tallied(store) == counted(store)

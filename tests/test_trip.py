@@ -1003,6 +1003,7 @@ def test_a_job_that_kills_its_daemon_is_failed_the_third_time(fresh: Daemon) -> 
             fresh.start()
     job = fresh.wait(id)
     assert (job["state"], job["reason"], fresh.ledger.count("poison")) == ("failed", "crashed", 3)
+    assert fresh.ask(f"why {id}")["why"].endswith("the daemon died each of the 3 times that it ran")
     assert fresh.run("other")["state"] == "done"
 
 

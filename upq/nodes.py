@@ -21,6 +21,8 @@ from upq.writer import Replay
 BEAT_S = 10
 #: Starts that may end with the death of the daemon before the job is failed as `crashed`.
 CRASH_LIMIT = 3
+#: The message of such a job.
+DEATHS = f"the daemon died each of the {CRASH_LIMIT} times that it ran"
 
 
 class Node(NamedTuple):
@@ -105,17 +107,18 @@ def requeue(batch: Batch, part: list[Job], *, crashed: bool) -> None:
     bad, limited = [], []
     for one in part:
         crashes = crashes_of(one) if crashed else one.crashes
-        state, cause = QUEUED, "interrupted" if crashed else "released"
+        state, cause, text = QUEUED, "interrupted" if crashed else "released", None
         if crashed and one.cancel_asked:
             state, cause = CANCELLED, "asked"
         elif crashed and is_over(one):
-            state, cause = FAILED, "crashed"
+            state, cause, text = FAILED, "crashed", DEATHS
         if state == QUEUED:
-            values.append((one.id, one.token, state, "", one.lane, crashes, None))
+            values.append((one.id, one.token, state, "", text, one.lane, crashes, None))
         else:
-            values.append((one.id, one.token, state, cause, None, crashes, batch.now))
+            values.append((one.id, one.token, state, cause, text, None, crashes, batch.now))
             bad.append((one.id, state))
-        batch.moved(one.id, one.lane, RUNNING, state, reason=cause, attempt=one.attempt)
+        batch.moved(one.id, one.lane, RUNNING, state, reason=cause, message=text or "",
+                    attempt=one.attempt)  # fmt: skip
         if limits := kept(one.options):
             limited.append((one, state, limits))
     if values and batch.tx.run_rows(st.REQUEUE_JOBS, values) != len(values):

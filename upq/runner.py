@@ -46,7 +46,7 @@ from upq.job import (
 from upq.jobtypes import JobType, JobTypes
 from upq.keeper import Keeper
 from upq.loader import blame
-from upq.nodes import CRASH_LIMIT
+from upq.nodes import CRASH_LIMIT, DEATHS
 from upq.plugins import MESSAGE_LIMIT, Desk, UpqJob, follow_up
 from upq.process import Processes
 from upq.queue import Queue
@@ -67,7 +67,7 @@ AWAY_RETRY_S = 0.5
 MESSAGE_TAIL = 1000
 #: Children left behind that are named.
 LEFT_SHOWN = 8
-DIED = Outcome(FAILED, "the daemon died each time while it ran", reason="crashed")
+DIED = Outcome(FAILED, DEATHS, reason="crashed")
 LATE = Outcome(EXPIRED, "it has not started in time")
 
 

@@ -14,14 +14,16 @@ from upq.sql import Sql, rows
 def requeue_jobs(dialect: str) -> ClauseElement:
     """Running jobs of the dead: back to the queue, or failed when they crashed too often."""
     r = rows(
-        dialect, id=int, token=int, state=str, reason=str, ready=int, crashes=int, ended_at=int
-    )
+        dialect, id=int, token=int, state=str, reason=str, message=str, ready=int, crashes=int,
+        ended_at=int,
+    )  # fmt: skip
     return (
         sa.update(job)
         .values(
             {
                 job.c.state: r.c.state,
                 job.c.reason: r.c.reason,
+                job.c.message: sa.func.coalesce(r.c.message, job.c.message),
                 job.c.ready: r.c.ready,
                 job.c.crashes: r.c.crashes,
                 job.c.attempt: job.c.attempt - 1,
