@@ -267,13 +267,13 @@ def test_the_folder_may_be_a_parameter(tmp_path: Path) -> None:
 
 def test_our_own_descriptors_are_closed_after_a_run() -> None:
     job("true").run()
-    before = os.listdir("/proc/self/fd")
+    before = set(os.listdir("/proc/self/fd"))  # what other tests have left open may be closed
     job("true").run()
     job("no-such-program").run()
     job("cat", {"a": "x"}, stdin="{a}", limits=Limits(nice=1), progress_on=3).run()
     job("no-such-program", limits=Limits(nice=1), progress_on=3).run()
     job("true", json_result=True, progress_on=STDOUT).run()
-    assert os.listdir("/proc/self/fd") == before
+    assert set(os.listdir("/proc/self/fd")) <= before
 
 
 # Exit codes and what they mean, progress, the result.

@@ -139,7 +139,7 @@ def test_a_parent_that_does_not_catch_it_fails_with_the_childs_words(one: Daemon
     assert job["message"].startswith("child ") and job["message"].endswith(" is failed: no -1")
 
 
-def test_a_child_that_says_nothing_fails_with_its_reason(short_tmp: Path) -> None:
+def test_a_child_that_kills_its_daemon_fails_its_parent_with_that(short_tmp: Path) -> None:
     body = "def run(self): note('begun'); gate('never')"
     parent = "def run(self): self.submit('held').wait()"
     with Daemon(short_tmp, "[job parent]\n[job held]", held=body, parent=parent) as daemon:
@@ -147,7 +147,8 @@ def test_a_child_that_says_nothing_fails_with_its_reason(short_tmp: Path) -> Non
         for deaths in range(3):
             until(lambda n=deaths: len(daemon.ledger) == n + 1)  # type: ignore[misc]
             daemon.restart()
-        assert daemon.wait(id)["message"].endswith(" is failed: crashed")
+        told = daemon.wait(id)["message"]
+        assert told.endswith(" is failed: the daemon died each of the 3 times that it ran")
 
 
 def test_a_wait_whose_time_is_over_says_so(one: Daemon) -> None:
