@@ -29,6 +29,7 @@ from tests.chaos import Findings, Report, Step, Store, new_store
 from tests.servers import free_port
 from upq import schema
 from upq.job import DONE, FINAL, RUNNING
+from upq.nodes import DEATHS
 
 # The jobs ----------------------------------------------------------------------------------------
 
@@ -219,7 +220,7 @@ class Audit(Findings):
         self._audit_ends()
         for message in facts.retried:
             self._want(
-                "crashed" in message,
+                DEATHS in message,
                 "workflows failed for another reason than three deaths",
                 message,
             )
@@ -308,7 +309,7 @@ class Trial:
         """As an operator would: upq runs no job again that has met three deaths of the daemon."""
         for type in "whole", "notify":
             for job in self.daemon.list(f"type:{type} state:failed"):
-                self.retried.append(f"{job['reason']} {job['message']}")
+                self.retried.append(job["message"])
                 self.daemon.ask(f"retry {job['id']}")
 
     def settle(self) -> Facts:

@@ -12,6 +12,7 @@ import pytest
 from tests.chaos import Step, Store
 from tests.replay import Audit, Facts, Kept, Mark, Row, Trial
 from upq.job import DONE, FAILED, QUEUED, RUNNING
+from upq.nodes import DEATHS
 
 
 @pytest.mark.alone
@@ -53,6 +54,12 @@ def story() -> Facts:
 
 def test_the_audit_accepts_what_went_well() -> None:
     assert Audit(story()).text == ""
+
+
+def test_the_audit_accepts_that_three_deaths_were_retried() -> None:
+    facts = story()
+    facts.retried += [DEATHS, f"c 9 is failed: {DEATHS}"]
+    assert Audit(facts).text == ""
 
 
 def edit(id: int, **fields: object) -> Callable[[Facts], None]:
