@@ -9,18 +9,17 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from upq import when
 from upq.declaration import declared, key_of
-from upq.ini import Ini, Item, Section
+from upq.ini import Ini, Section
 from upq.job import REPLACE
 from upq.jobsettings import COMMAND_ONLY, JobSettings
 from upq.notify import NOTIFY
 from upq.params import Param, ParamSpec, names_in, shown, suggest
 from upq.protocol import VERBS
-from upq.sections import absolute, fill
+from upq.sections import absolute, fill, from_file
 
 #: Settings of jobs' own that name a file with a secret in it.
 OWN_SECRET_FILE = re.compile(r"(passw|secret|token|credential)[^_]*_file$")
@@ -62,11 +61,9 @@ def _read_own_secrets(section: Section, ini: Ini) -> None:
         if name in section.items or name in declared(JobSettings):
             continue
         try:
-            text = Path(ini.folder, pointer.text).read_text("utf-8").strip()
-            section.items[name] = Item(text, pointer.place)
-        except (OSError, ValueError) as error:
-            why = error.strerror if isinstance(error, OSError) else "is not UTF-8"
-            ini.warn(pointer.place, f"{key}: {pointer.text}: {why}")
+            section.items[name] = from_file(pointer, ini.folder)
+        except ValueError as error:
+            ini.warn(pointer.place, f"{key}: {error}")
 
 
 def _check_telling(job: JobSettings, ini: Ini) -> None:

@@ -29,7 +29,10 @@ def fill(cls: type[T], section: str, ini: Ini, /, **more: Any) -> T:
         if pointer and item:
             ini.fault(pointer.place, f"{key}_file: {key} is given, too")
         elif pointer:
-            item = _from_file(pointer, key, ini)
+            try:
+                item = from_file(pointer, ini.folder)
+            except ValueError as error:
+                ini.fault(pointer.place, f"{key}_file: {error}")
         try:
             text = item.text if item and item.text else each.default
             value = each.kind.read(text) if text else each.kind.empty
@@ -52,13 +55,13 @@ def _slip(text: str) -> str:
     return " (a comment needs a line of its own)" if re.search(r"\s[#;]", text) else ""
 
 
-def _from_file(pointer: Item, key: str, ini: Ini) -> Item | None:
+def from_file(pointer: Item, folder: str) -> Item:
+    """What the file holds that an item names. Raises ValueError that says why it cannot be had."""
     try:
-        return Item(Path(ini.folder, pointer.text).read_text("utf-8").strip(), pointer.place)
+        return Item(Path(folder, pointer.text).read_text("utf-8").strip(), pointer.place)
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else "is not UTF-8"
-        ini.fault(pointer.place, f"{key}_file: {pointer.text}: {why}")
-        return None
+        raise ValueError(f"{pointer.text}: {why}") from None
 
 
 def _judge_other(key: str, place: Place, section: str, known: list[str], ini: Ini) -> None:
