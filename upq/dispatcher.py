@@ -205,7 +205,7 @@ class Dispatcher:
             attempts[-1]["output_bytes"] = live[1].size_bytes
         return {
             "job": job,
-            "why": self._reasons.told(job, self._reasons.ahead(job)),
+            "why": self._reasons.why(job)["why"],
             "history": self._views.history(id),
             "children": self._views.children(id),
             "attempts": attempts,
@@ -358,15 +358,8 @@ class Dispatcher:
 
     def _why(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
         job = self._readable(args["id"], peer)
-        ahead = self._reasons.ahead(job)
-        return {
-            "id": job["id"],
-            "state": job["state"],
-            "why": self._reasons.told(job, ahead),
-            "since": self._views.since(job["id"]),
-            "ahead": ahead,
-            "progress": job["progress"],
-        }
+        why = self._reasons.why(job)
+        return {"id": job["id"], "state": job["state"], **why, "progress": job["progress"]}
 
     def _nodes(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
         self._intake.access.must_read(peer)

@@ -29,9 +29,13 @@ class Reasons:
         self._claimer = claimer
         self._intake = intake
 
-    def told(self, job: dict[str, Any], ahead: int | None) -> str:
-        """One sentence: why the job does not run, with what goes before it and since when."""
-        since = self._views.since(job["id"]) or job["created_at"]
+    def why(self, job: dict[str, Any]) -> dict[str, Any]:
+        """One sentence; and by itself `since` when that is, and how many are `ahead`."""
+        since, ahead = self._views.since(job["id"]), self._ahead(job)
+        told = self._told(job, since or job["created_at"], ahead)
+        return {"why": told, "since": since, "ahead": ahead}
+
+    def _told(self, job: dict[str, Any], since: str, ahead: int | None) -> str:
         if job["state"] in FINAL:
             message = f": {job['message']}" if job["message"] else ""
             return f"it is {job['state']} since {job['ended_at']}{message}"
@@ -45,7 +49,7 @@ class Reasons:
         jobs = "1 job is" if ahead == 1 else f"{count} are"
         return f"it waits since {since}: {'; '.join(causes)}; {jobs} ahead of it"
 
-    def ahead(self, job: dict[str, Any]) -> int | None:
+    def _ahead(self, job: dict[str, Any]) -> int | None:
         """How many jobs go before one that waits, as far as their order is known."""
         if job["state"] not in (QUEUED, BLOCKED):
             return None
