@@ -46,11 +46,7 @@ def check_handed_on(jobs: Mapping[str, JobSettings], ini: Ini) -> None:
         for other in map(jobs.get, _heirs(job, jobs) if job.secret else ()):
             if other is None:
                 continue
-            per = other.rate.per if other.rate else ""
-            for key, text in (
-                ("queue", other.queue), ("serial", other.serial), ("delay", other.delay),
-                ("rate", per),
-            ):  # fmt: skip
+            for key, text in other.seen.items():
                 for name in sorted((job.secret - other.secret) & set(names_in(text))):
                     place = ini.place(f"job {other.name}", key)
                     ini.fault(place, f"{key}: {name} is secret in [job {job.name}], which hands it"

@@ -24,6 +24,14 @@ from upq.sections import absolute, fill, from_file
 #: Settings of jobs' own that name a file with a secret in it.
 OWN_SECRET_FILE = re.compile(r"(passw|secret|token|credential)[^_]*_file$")
 
+#: Why `JobSettings.seen` may name no secret.
+SEEN = {
+    "queue": "a queue's name is shown to all",
+    "serial": "the text of a turn is shown",
+    "delay": "the time of a start is shown",
+    "rate": "what a rate is per is shown",
+}
+
 
 def read_job(name: str, modules: set[str], ini: Ini) -> JobSettings:
     """The job type of a section. `modules`: what files there are in `jobs_dir`."""
@@ -103,26 +111,18 @@ def _with_params(job: JobSettings, ini: Ini) -> JobSettings:
         job = replace(job, params=ParamSpec(tuple(found)))
     if job.params:
         names = job.params.names
-        used += [("queue", name) for name in names_in(job.queue)]
-        used += [("serial", name) for name in names_in(job.serial)]
-        used += [("delay", name) for name in names_in(job.delay)]
-        used += [("rate", name) for name in names_in(job.rate.per if job.rate else "")]
+        used += [(key, name) for key, text in job.seen.items() for name in names_in(text)]
         used += [("unique", name) for name in (job.unique and job.unique.names) or ()]
         for key, name in used + [("secret", name) for name in job.secret]:
             if name not in names:
                 place = ini.place(f"job {job.name}", key)
                 ini.fault(place, f"{key}: no parameter {shown(name)}{suggest(name, names)}")
-    for name in sorted(job.secret & set(names_in(job.queue))):
-        place = ini.place(f"job {job.name}", "queue")
-        ini.fault(place, f"queue: {name} is secret, and a queue's name is shown to all")
-    for key, text, shown_ in (
-        ("serial", job.serial, "the text of a turn"), ("delay", job.delay, "the time of a start"),
-    ):  # fmt: skip
+    for key, text in job.seen.items():
         for name in sorted(job.secret & set(names_in(text))):
             place = ini.place(f"job {job.name}", key)
-            ini.fault(place, f"{key}: {name} is secret, and {shown_} is shown")
+            ini.fault(place, f"{key}: {name} is secret, and {SEEN[key]}")
     if job.rate and job.rate.per:
-        _check_pace(job, job.rate.per, ini)
+        _check_pace(job, ini)
     for name in sorted(job.secret.intersection(names_in(" ".join(job.command or ())))):
         place = ini.place(f"job {job.name}", "command")
         ini.warn(place, f"command: everyone on this machine can see {{{name}}} in `ps`")
@@ -136,12 +136,9 @@ def _with_params(job: JobSettings, ini: Ini) -> JobSettings:
     return _with_command(job, ini)
 
 
-def _check_pace(job: JobSettings, per: str, ini: Ini) -> None:
-    """What `rate ... per` may name, and what may stand beside it."""
+def _check_pace(job: JobSettings, ini: Ini) -> None:
+    """What may stand beside `rate ... per`."""
     place = ini.place(f"job {job.name}", "rate")
-    for name in names_in(per):
-        if name in job.secret:
-            ini.fault(place, f"rate: {name} is secret, and what a rate is per is shown")
     if job.serial:
         ini.fault(place, "rate: per is not possible together with serial")
     if job.when_busy == REPLACE:

@@ -299,6 +299,12 @@ class JobSettings:
         """All that have to be open for its jobs to start."""
         return tuple(filter(None, (self.window, self.load_below, *self.min_free)))
 
+    @property
+    def seen(self) -> dict[str, str]:
+        """By key, its texts with {placeholders} that others see when they are filled in."""
+        per = self.rate.per if self.rate else ""
+        return {"queue": self.queue, "serial": self.serial, "delay": self.delay, "rate": per}
+
 
 #: Settings of a `[job ...]` that say how its command runs.
 COMMAND_ONLY = {
