@@ -28,6 +28,7 @@ from tests.conftest import unavailable
 from tests.jobkit import Ended, Jobs, perform
 
 BODY = (b"a line that compresses well\n" * 50_000) + os.urandom(300_000)
+DAMAGED = BODY[:-1] + bytes([BODY[-1] ^ 1])
 NAME = "maps/a.sdz"
 
 jobs = jobkit.jobs
@@ -181,7 +182,7 @@ def test_a_move_that_is_killed_anywhere_is_ended_by_the_next_run(
 
 
 def test_a_damaged_file_is_not_moved(move: Run, file: Path, files: Path, archive: Path) -> None:
-    file.write_bytes(BODY[:-1] + b"x")
+    file.write_bytes(DAMAGED)
     ended = move()
     assert ended.state == "abort"
     assert ended.message.startswith(f"Hashes of file (1) {file} do not match those in DB: ")
@@ -448,7 +449,7 @@ def test_an_archiving_that_is_killed_anywhere_is_ended_by_the_next_run(
 
 
 def test_a_damaged_file_is_not_compressed(compress: Run, file: Path, files: Path) -> None:
-    file.write_bytes(BODY[:-1] + b"x")
+    file.write_bytes(DAMAGED)
     assert compress().state == "abort"
     assert left(files) == [NAME]
 
