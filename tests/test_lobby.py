@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.daemons import Daemon, Talk, until
+from upq import protocol
 from upq.access import peer_of
 from upq.lobby import Lobby
 from upq.settings import Listen
@@ -110,6 +111,50 @@ def test_without_threads_a_client_is_told_so_and_its_place_is_free_again(
             assert ours.recv(100).startswith(b"ERR busy no thread can be started")
             assert ours.recv(100) == b""
             until(lambda: closed == [True])  # noqa: B023
+
+
+def test_who_rested_again_meanwhile_is_left_alone_by_a_thread_that_was_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stored, turns = threading.Event(), iter([0])
+
+    class Desk:
+        is_idle = False
+
+        def is_quick(self, request: protocol.Request) -> bool:
+            return request.kind == protocol.SUBMIT
+
+        def submit_all(self, asked: Sequence[object]) -> list[Ack]:
+            if next(turns, None) is not None:
+                stored.wait()
+            return [Ack(17, "") for _ in asked]
+
+        def answer(self, *_: object) -> object:
+            return {}
+
+        def count(self, acks: int, errs: int) -> None:
+            pass
+
+    monkeypatch.setattr("upq.lobby.ROUND_S", 0.1)
+    monkeypatch.setattr("upq.lobby.REST_S", 0.1)
+    desk = Desk()
+    lobby = Lobby(desk, desk)  # type: ignore[arg-type]
+    asks, submits = (socket.socketpair() for _ in range(2))
+    with asks[0] as asking, submits[0] as submitting:
+        for ours, theirs in asks, submits:
+            ours.settimeout(10)
+            lobby.admit(theirs, peer_of(theirs), Listen(), lambda: None)
+        asking.sendall(b"ping\n")
+        submitting.sendall(b"quick\n")
+        lobby.start()  # finds both
+        assert asking.recv(100) == b"OK {}\n"
+        until(lambda: lobby._shift == 1 and len(lobby._here) == 2)
+        stored.set()
+        for _ in range(2):
+            assert submitting.recv(100) == b"ACK 17\n"
+            submitting.sendall(b"quick\n")
+            asking.sendall(b"ping\n")
+            assert asking.recv(100) == b"OK {}\n"
 
 
 def test_connections_that_rest_have_no_threads(daemon: Daemon) -> None:

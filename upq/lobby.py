@@ -294,6 +294,9 @@ class Lobby:
         # What the reading thread answers just now, and since when.
         self._in_hand: list[Connection] = []
         self._since_s: float | None = None
+        # Whom nobody reads until the thread has answered that had them in hand when another took
+        # over, with that thread's shift.
+        self._away: dict[Connection, int] = {}
         self._made = 0
         #: When it last looked whether somebody asks for something.
         self.ticked_s = time.monotonic()
@@ -319,6 +322,7 @@ class Lobby:
     def _leave(self, connection: Connection) -> None:
         with self._lock:
             del self._here[connection.fd]
+            self._away.pop(connection, None)
             with contextlib.suppress(FileNotFoundError):  # taken over meanwhile
                 self._epoll.unregister(connection.fd)
 
@@ -354,7 +358,7 @@ class Lobby:
                 log.exception("reading connections failed")
             with self._lock:
                 if shift != self._shift:
-                    self._come_back(hand)
+                    self._come_back(shift)
                     return
                 self._since_s = None
 
@@ -366,10 +370,10 @@ class Lobby:
             found = self._epoll.poll(0)
         return found
 
-    def _come_back(self, hand: list[Connection]) -> None:
-        for connection in hand:
-            if self._here.get(connection.fd) is connection:
-                self._epoll.register(connection.fd, select.EPOLLIN)
+    def _come_back(self, shift: int) -> None:
+        for connection in [one for one, of in self._away.items() if of == shift]:
+            del self._away[connection]
+            self._epoll.register(connection.fd, select.EPOLLIN)
 
     def _watch(self) -> None:
         while True:
@@ -381,6 +385,7 @@ class Lobby:
                 for connection in self._in_hand:
                     if self._here.get(connection.fd) is connection:
                         self._epoll.unregister(connection.fd)
+                        self._away[connection] = self._shift
                 self._shift += 1
                 self._since_s = None
             while not self._take_over():
@@ -415,7 +420,7 @@ class Lobby:
     def _sweep(self) -> None:
         """Dismiss those that were silent for too long."""
         with self._lock:
-            here = list(self._here.values())
+            here = [one for one in self._here.values() if one not in self._away]
         now_s = time.monotonic()
         for connection in here:
             if connection.until_s <= now_s:
