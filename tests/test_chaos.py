@@ -583,3 +583,17 @@ def test_a_job_whose_claim_is_committed_late_does_not_stay_running(
         proxy.let_go()
         daemon.drain(20)
         assert [row.state for row in chaos.read_facts(daemon.url).rows.values()] == [DONE]
+
+
+@pytest.mark.parametrize("proxy", ["postgres"], indirect=True)
+def test_a_claim_of_a_dead_daemon_that_is_committed_late_does_not_stay_running(
+    proxy: Proxy, short_tmp: Path
+) -> None:
+    with chaos.Victim(short_tmp, proxy.url) as daemon:
+        daemon.forgiven = chaos.AWAY
+        proxy.cut = "late"
+        assert daemon.say("ledger n:1 word:cut").startswith("ERR uncertain ")
+        daemon.restart()
+        proxy.let_go()
+        daemon.drain(30)
+        assert [row.state for row in chaos.read_facts(daemon.url).rows.values()] == [DONE]

@@ -7,9 +7,11 @@ import pytest
 from tests import stores
 from tests.stores import Store
 from tests.test_queue import counted, end, history, reborn, tallied
+from upq import nodes
+from upq.batch import Batch
 from upq.changes import Claim
 from upq.clauses import CHUNK
-from upq.job import DONE, FAILED, QUEUED, RUNNING, NewJob, Outcome
+from upq.job import DONE, FAILED, QUEUED, RUNNING, Job, NewJob, Outcome
 from upq.nodes import CRASH_LIMIT, DEATHS
 
 database, url, store = stores.database, stores.url, stores.store
@@ -62,6 +64,48 @@ def test_other_nodes_and_machines_are_not_declared_dead(url: str) -> None:
         assert store.queue.orphans() == far.queue.orphans() == []
 
 
+def test_who_enters_and_claims_while_it_is_looked_is_not_declared_dead(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if url.startswith("sqlite"):
+        pytest.skip("SQLite serves one daemon")
+    with Store(url) as store:
+        store.submit()
+        others: list[Store] = []
+        read = nodes.entered
+
+        def entered(batch: Batch) -> dict[str, list[str]]:
+            known = read(batch)
+            others.append(Store(url, "other node"))
+            assert others[0].claim_one()
+            return known
+
+        monkeypatch.setattr(nodes, "entered", entered)
+        assert store.queue.orphans() == []
+        others[0].__exit__()
+
+
+def test_what_has_ended_since_it_was_found_is_not_put_back(url: str) -> None:
+    store = Store(url)
+    ids = [store.submit() for _ in range(3)]
+    claimed = store.claim(3)
+    with reborn(url, store) as store:
+        dead = [one._replace(crashes=CRASH_LIMIT) for one in store.queue.orphans()]
+        assert end(store, claimed[0])  # its commit was under way
+        store.queue.rescue(dead[1:2], lambda _: ((), None))
+        told: list[int] = []
+
+        def then(one: Job) -> tuple[list[NewJob], None]:
+            told.append(one.id)
+            return [NewJob("notify", {"of": one.id})], None
+
+        assert store.queue.rescue(dead, then) == 1
+        assert store.queue.crashed == 2
+        assert [store.row(id).state for id in ids] == [DONE, FAILED, FAILED]
+        assert [one.params for one in store.claim(9, "notify")] == [{"of": ids[2]}]
+        assert tallied(store) == counted(store)
+
+
 def test_many_jobs_of_the_dead_are_found_in_pages(url: str) -> None:
     store = Store(url)
     store.submit()
@@ -111,6 +155,22 @@ def test_a_parent_that_waited_is_not_blamed(url: str) -> None:
         store.queue.rescue(store.queue.orphans(), lambda _: ((), None))
     with store:
         assert store.views.job(id)["crashes"] == 0
+
+
+def test_a_parent_is_not_blamed_for_a_child_that_dies_before_it_is_known_to_wait(url: str) -> None:
+    store = Store(url)
+    parent = store.submit()
+    store.claim_one()
+    child = store.submit("child", parent=parent, root=parent)
+    for n in range(1, CRASH_LIMIT + 1):
+        assert store.claim_one("child").id == child
+        store = reborn(url, store)
+        store.queue.rescue(store.queue.orphans(), lambda _: ((), None))
+        assert store.row(child).crashes == n
+        assert store.row(parent).crashes == 0
+        assert store.claim_one().id == parent
+    with store:
+        assert store.row(child).state == FAILED
 
 
 def test_strays_are_claims_that_nobody_heard_of(store: Store) -> None:

@@ -112,7 +112,7 @@ class Daemon:
         self._build()
         self._rescue()
         self._open_doors()
-        self._clock.every(BEAT_S, "beat", self._queue.beat)
+        self._clock.every(BEAT_S, "beat", self._beat)
         self._clock.every(PURGE_S, "retention", self._purge)
         self._clock.every(LINES_S, "turns", self._queue.mend_lines)
         self._clock.every(CANCELS_S, "cancels", self._queue.tend_cancels)
@@ -237,11 +237,7 @@ class Daemon:
     def _rescue(self) -> None:
         """Take back what earlier incarnations of this node were running when they died."""
         dead = self._queue.dead_nodes()
-        orphans = self._queue.orphans()
-        if orphans:
-            end_orphans({one.token for one in orphans})
-            log.info("Starting %d unfinished jobs found in DB.", len(orphans))
-            self._queue.rescue(orphans, self._runner.crashed)
+        self._take_back()
         self._groups.sweep()
         self._queue.forget_nodes(dead)
         # What earlier ones were cancelling; soon, and nothing of it starts meanwhile.
@@ -252,6 +248,21 @@ class Daemon:
 
     def _quick_check(self) -> None:
         found = self._database.quick_check()
+    def _take_back(self) -> None:
+        orphans = self._queue.orphans()
+        if orphans:
+            end_orphans({one.token for one in orphans})
+            log.info("Starting %d unfinished jobs found in DB.", len(orphans))
+            self._queue.rescue(orphans, self._runner.crashed)
+
+    def _beat(self) -> None:
+        """Say that this daemon is alive. A server may have carried out a claim of a dead one after
+        it was looked for what that had run.
+        """
+        self._queue.beat()
+        if self._queue.shared:
+            self._take_back()
+
         if found:
             log.critical("the database file is damaged: %s; restore it from a backup", found)
             self._keep_node = True

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from upq.batch import LEASE_S, Batch
 from upq.job import CANCELLED, FAILED, QUEUED, RUNNING, Job
+from upq.joins import waits_reason
 from upq.limits import kept
 from upq.record import crashes_of, read_claimed
 from upq.statements import nodes as st
@@ -51,12 +52,22 @@ class Node(NamedTuple):
         These are jobs of earlier incarnations of this node on this machine, since the caller
         holds the node's lock; of owners that no node row names; with SQLite, of all others.
         """
+        # In this order: who enters and claims meanwhile is in the rows that are read later.
+        owners = batch.tx.fetch(st.OWNERS)
         nodes = entered(batch)
-        return [
+        dead = [
             one
-            for (owner,) in batch.tx.fetch(st.OWNERS)
+            for (owner,) in owners
             if self._is_dead(owner, nodes)
             for one in running_of(batch, owner, vault)
+        ]
+        # A child may have killed the daemon before it was stored that its parent waits for it.
+        child_of = {one.parent: one.id for one in dead if one.parent is not None}
+        return [
+            one._replace(reason=one.reason or waits_reason([child_of[one.id]]))
+            if one.id in child_of
+            else one
+            for one in dead
         ]
 
     def dead(self, batch: Batch) -> list[str]:
@@ -96,6 +107,13 @@ def running_of(batch: Batch, owner: str, vault: Vault) -> list[Job]:
     return found
 
 
+def still_running(batch: Batch, claims: Iterable[Job]) -> list[Job]:
+    """Those of these claims that nobody has ended meanwhile; nobody does before the commit."""
+    wanted = {one.id: one for one in claims}
+    rows = batch.tx.fetch_rows(st.TOKENS_OF, [(id,) for id in wanted])
+    return [wanted[id] for id, token in sorted(rows) if wanted[id].token == token]
+
+
 def is_over(dead: Job) -> bool:
     """Whether a job has killed its daemon too often to be started again."""
     return not dead.cancel_asked and crashes_of(dead) >= CRASH_LIMIT
@@ -122,7 +140,7 @@ def requeue(batch: Batch, part: list[Job], *, crashed: bool) -> None:
         if limits := kept(one.options):
             limited.append((one, state, limits))
     if values and batch.tx.run_rows(st.REQUEUE_JOBS, values) != len(values):
-        raise Replay("a job of a dead owner has changed meanwhile")
+        raise Replay("a claim that was to be put back has ended meanwhile")
     for one, state, limits in limited:
         if state != QUEUED:
             batch.limiter.free([(one.id, limits)])

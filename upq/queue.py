@@ -49,7 +49,7 @@ from upq.limits import (
     pace_reason,
     turn_reason,
 )
-from upq.nodes import Node, forget, is_over, requeue, running_of
+from upq.nodes import Node, forget, is_over, requeue, running_of, still_running
 from upq.notify import NOTIFY
 from upq.record import (
     clean,
@@ -730,7 +730,8 @@ class Queue:
         return lanes
 
     def rescue(self, dead: Sequence[Job], then: Follow) -> int:
-        """Put running jobs of dead owners back to the queue. Returns how many.
+        """Put running jobs of dead owners back to the queue, but for those whose ends came through
+        all the same, or whom another daemon has put back. Returns how many.
 
         One that has killed its daemon CRASH_LIMIT times is failed, with what `then` says for it; a
         parent that only waited is not blamed. One that was to end is cancelled.
@@ -738,23 +739,25 @@ class Queue:
         count = 0
         for start in range(0, len(dead), CHUNK):
             part = sorted(dead[start : start + CHUNK])
-            over = [one for one in part if is_over(one)]
-            after = [then(one) for one in over]
-            follow = [self.change(jobs) for jobs, _ in after if jobs]
-            wishes = [wish for _, wish in after if wish is not None]
-            count += self.act(self._rescue_of(part, follow, wishes))
-            self.crashed += len(over)
+            after = {one.id: then(one) for one in part if is_over(one)}
+            follow = {id: self.change(jobs) for id, (jobs, _) in after.items() if jobs}
+            wishes = {id: wish for id, (_, wish) in after.items() if wish is not None}
+            rescued = self.act(self._rescue_of(part, follow, wishes))
+            count += len(rescued)
+            self.crashed += len(rescued & after.keys())
         self.rescued += count
         return count
 
     def _rescue_of(
-        self, part: list[Job], follow: list[Submit], wishes: list[Wish]
-    ) -> Callable[[Batch], int]:
-        def run(batch: Batch) -> int:
-            requeue(batch, part, crashed=True)
-            batch.follow(follow, [one.id for one in part if one.cancel_asked])
-            alerts.note(batch, wishes)
-            return len(part)
+        self, part: list[Job], follow: dict[int, Submit], wishes: dict[int, Wish]
+    ) -> Callable[[Batch], set[int]]:
+        def run(batch: Batch) -> set[int]:
+            left = still_running(batch, part)
+            requeue(batch, left, crashed=True)
+            submits = [follow[one.id] for one in left if one.id in follow]
+            batch.follow(submits, [one.id for one in left if one.cancel_asked])
+            alerts.note(batch, [wishes[one.id] for one in left if one.id in wishes])
+            return {one.id for one in left}
 
         return run
 

@@ -5,10 +5,16 @@ from __future__ import annotations
 import sqlalchemy as sa
 from sqlalchemy.sql import ClauseElement
 
-from upq.clauses import CHUNK, CLAIMED, big, word
+from upq.clauses import CHUNK, CLAIMED, big, over_ids, word
 from upq.job import RUNNING
 from upq.schema import job, node
 from upq.sql import Sql, rows
+
+
+def tokens_of(dialect: str) -> ClauseElement:
+    """Ids and claims, locked: a commit of the dead may still be under way."""
+    r = over_ids(dialect)
+    return sa.select(job.c.id, job.c.token).where(job.c.id == r.c.id).with_for_update(of=job)
 
 
 def requeue_jobs(dialect: str) -> ClauseElement:
@@ -62,4 +68,5 @@ RUNNING_OF = Sql(
     .order_by(job.c.id)
     .limit(CHUNK)
 )
+TOKENS_OF = Sql(tokens_of, each=True)
 REQUEUE_JOBS = Sql(requeue_jobs)
