@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -691,6 +692,37 @@ def test_pause_is_of_the_queue_and_survives_a_restart(url: str) -> None:
         assert not any(lane.paused for lane in store.queue.lanes.values())
         with pytest.raises(NotFound):
             store.queue.pause("no such queue", True)
+
+
+def test_what_was_read_before_a_pause_does_not_undo_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lane = store.queue.lane("hash", "hash")
+    act = store.queue.act
+
+    def overtaken(run: Any) -> Any:
+        monkeypatch.undo()
+        found = act(run)
+        store.queue.pause("hash", True)
+        return found
+
+    monkeypatch.setattr(store.queue, "act", overtaken)
+    store.queue.refresh()
+    assert store.queue.lanes[lane.id].paused
+    store.queue.pause("hash", False)
+
+
+def test_lanes_that_many_threads_make_at_once_are_all_known(store: Store) -> None:
+    names = [f"type {n}" for n in range(60)]
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(12) as pool:
+            made = list(pool.map(lambda name: store.queue.lane(name, name), names))
+    finally:
+        sys.setswitchinterval(interval_s)
+    assert [store.queue.lanes.get(lane.id) for lane in made] == made
+    assert [store.queue.known_lane(name, name) for name in names] == made
 
 
 def test_a_claim_that_was_on_its_way_heeds_a_pause(store: Store) -> None:

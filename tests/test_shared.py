@@ -18,12 +18,12 @@ from tests.stores import Store, database, statements, store, url
 from tests.test_claimer import Line
 from tests.test_pool import until
 from upq import config, schema, when
+from upq.changes import Want
 from upq.errors import Unavailable
 from upq.gates import Closed, Free
-from upq.job import DONE, QUEUED, RUNNING, Job, NewJob
+from upq.job import DONE, QUEUED, RUNNING, Job, Lane, NewJob
 from upq.jobtypes import Rules, pool_key
 from upq.pool import Pool, SharedPool
-from upq.queue import Lane
 from upq.sql import Sql, Tx
 from upq.statements.jobs import START_JOBS
 
@@ -504,6 +504,31 @@ def test_who_waits_for_tokens_is_told(site: Callable[..., Site]) -> None:
     gate.open()
     until(lambda: line.done() == 2)
     until(lambda: line.claimer.reason(lane) == "")
+
+
+# Drain
+
+
+@pytest.mark.parametrize("queue", ["", "a"])
+def test_a_claim_that_was_on_its_way_heeds_a_drain(
+    site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch, queue: str
+) -> None:
+    line = site("[pool p]\nqueues = a\n[job work]")
+    book = line.claimer.book
+
+    def then_drained(lanes: set[int]) -> list[Want]:
+        booked = book(lanes)
+        line.claimer.drain()
+        return booked
+
+    monkeypatch.setattr(line.claimer, "book", then_drained)
+    (id,) = line.queue(1, queue)
+    assert line.store.row(id).state == QUEUED
+    monkeypatch.undo()
+    line.claimer.drained = False
+    line.claimer.heat()
+    line.begin()
+    until(lambda: line.started == [id])
 
 
 # Gates

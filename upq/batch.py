@@ -31,6 +31,7 @@ from upq.job import (
     RUNNING,
     TIMEOUT,
     Accepted,
+    Lane,
     Limits,
     NewJob,
 )
@@ -83,7 +84,7 @@ class Home(Protocol):
     def book(self, lanes: set[int]) -> list[Want]:
         """Places that jobs just queued in these lanes may take at once: (lane, how many)."""
 
-    def is_paused(self, lane_id: int) -> bool:
+    def is_held(self, lane_id: int) -> bool:
         """Whether nothing of a lane is to be claimed now."""
 
     def plan(self, draw: Draw, queued: set[int]) -> Plan:
@@ -134,6 +135,8 @@ class Batch:
         self.again: set[int] = set()
         #: By type, of those with limits: what keeps the next one from starting.
         self.spent: dict[str, Spent | None] = {}
+        #: Lanes as they were made or read here; the last of each counts.
+        self.lanes: list[Lane] = []
         #: Lane and token of running jobs that are asked to end here.
         self.asked: list[tuple[int, int]] = []
         #: Cancels that the next batches have to go on with, unasked.
@@ -496,7 +499,7 @@ class Batch:
                 draws.append(want)
             else:
                 lane_id, free = want
-                if self._home.is_paused(lane_id):  # since the place was booked
+                if self._home.is_held(lane_id):  # since the place was booked
                     continue
                 found = self.tx.fetch(st.PICK_CLAIMABLE, lane=lane_id, free=free + peek)
                 if len(found) == free + peek:

@@ -15,10 +15,10 @@ from upq.changes import Want
 from upq.draws import Draw, Plan, Spent
 from upq.errors import RequestError
 from upq.gates import Closed
-from upq.job import Job
+from upq.job import Job, Lane
 from upq.plugins import UpqJob
 from upq.pool import Pool, SharedPool
-from upq.queue import Lane, Queue
+from upq.queue import Queue
 from upq.runner import Runner
 
 log = logging.getLogger(__name__)
@@ -191,6 +191,7 @@ class Claimer:
             for id in self._hot | queued
             if (lane := self._queue.lanes.get(id))
             and self._rules.pool_of(lane) == draw.pool
+            and not self.drained
             and not self._hold(lane)
             and not self._waits(lane.type)
         ]

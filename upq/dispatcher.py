@@ -20,14 +20,14 @@ from upq.clauses import CHUNK
 from upq.desk import Ends
 from upq.errors import BadParams, NotFound, TimedOut, UnknownCommand
 from upq.intake import Intake
-from upq.job import BLOCKED, DONE, FAILED, FINAL, QUEUED, RUNNING
+from upq.job import BLOCKED, DONE, FAILED, FINAL, QUEUED, RUNNING, Lane
 from upq.jobtypes import JobTypes
 from upq.lists import Filter, Found, Lists
 from upq.notify import NOTIFY
 from upq.output import Piece, stored_piece
 from upq.overview import Overview
 from upq.protocol import Request
-from upq.queue import Lane, Queue
+from upq.queue import Queue
 from upq.reasons import Reasons
 from upq.secret import mask
 from upq.settings import ScheduleSettings

@@ -52,6 +52,15 @@ UNSTORABLE = "cannot be stored"
 RESULT_LIMIT_BYTES = 1 << 20
 
 
+class Lane(NamedTuple):
+    """One queue and type: what is paused, and what a claim is about."""
+
+    id: int
+    queue: str
+    type: str
+    paused: bool
+
+
 class Job(NamedTuple):
     """A row of the job table, as it was read. Frozen: only `queue` changes a job."""
 

@@ -22,14 +22,13 @@ from upq.command import STDOUT, command_type
 from upq.draws import Bounds, Level, Plan, Token
 from upq.errors import BadParams, Broken, Disabled, Refused, RequestError, UnknownCommand
 from upq.gates import Closed
-from upq.job import QUEUE, REPLACE, Job, Limits, NewJob
+from upq.job import QUEUE, REPLACE, Job, Lane, Limits, NewJob
 from upq.jobsettings import JobSettings
 from upq.loader import Loader, blame
 from upq.notify import NOTIFY, TARGET_URL, secret_settings
 from upq.params import ParamSpec, fill_key, names_in, queue_of, shown, suggest
 from upq.plugins import Desk, UpqJob
 from upq.protocol import VERBS
-from upq.queue import Lane
 from upq.record import canonical, digest
 from upq.secret import secret_texts
 from upq.settings import Mail, PoolSettings, Settings, Webhook

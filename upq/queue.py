@@ -36,6 +36,7 @@ from upq.job import (
     Gather,
     Gathered,
     Job,
+    Lane,
     Limits,
     NewJob,
     Outcome,
@@ -74,15 +75,6 @@ ID_BLOCK = 1000
 Follow = Callable[[Job], tuple[Sequence[NewJob], Wish | None]]
 
 
-class Lane(NamedTuple):
-    """One queue and type: what is paused, and what a claim is about."""
-
-    id: int
-    queue: str
-    type: str
-    paused: bool
-
-
 class Cancelled(NamedTuple):
     """What a cancel has come to."""
 
@@ -94,6 +86,9 @@ class Cancelled(NamedTuple):
 
 class Claims(Protocol):
     """Who claims, as far as the queue needs it."""
+
+    #: Whether nothing is to be claimed for now.
+    drained: bool
 
     def wake(self) -> None:
         """A job becomes due earlier than was known."""
@@ -116,6 +111,8 @@ class Claims(Protocol):
 
 class NoClaims:
     """Nobody claims here."""
+
+    drained = False
 
     def wake(self) -> None:
         return
@@ -183,15 +180,14 @@ class Queue:
     def open(self) -> None:
         """Make the counters, read the lanes, enter this node."""
 
-        def enter(batch: Batch) -> list[Any]:
+        def enter(batch: Batch) -> None:
             for name in ("job", "event"):
                 if not batch.tx.fetch(st.FIND_COUNTER, name=name):
                     batch.tx.run(st.ADD_COUNTER, name=name)
             self._node.enter(batch)
-            batch.family.under_way()
-            return batch.tx.fetch(st.LANES)
+            learn(batch)
 
-        self._know(read_lane(*row) for row in self.act(enter))
+        self.act(enter)
         self.stage()
 
     def close(self) -> None:
@@ -228,8 +224,8 @@ class Queue:
     def book(self, lanes: set[int]) -> list[Want]:
         return self.claims.book(lanes)
 
-    def is_paused(self, lane_id: int) -> bool:
-        return self.lanes[lane_id].paused
+    def is_held(self, lane_id: int) -> bool:
+        return self.claims.drained or self.lanes[lane_id].paused
 
     def plan(self, draw: Draw, queued: set[int]) -> Plan:
         return self.claims.plan(draw, queued)
@@ -241,6 +237,8 @@ class Queue:
         if not committed:
             self.claims.settle(set(), batch.booked, [])
             return
+        if batch.lanes:
+            self._know(batch.lanes)
         self.fenced += batch.fenced
         self.interrupted += batch.given_back
         self.retried += batch.retried
@@ -270,9 +268,9 @@ class Queue:
         return value_of(self.writer.run([Act(run)])[0])
 
     def _know(self, lanes: Iterable[Lane]) -> None:
-        known = {**self.lanes, **{one.id: one for one in lanes}}
-        self._by_name = {(one.queue, one.type): one for one in known.values()}
-        self.lanes = known
+        """Take over what a batch has made or read: in `note`, so in the order of the commits."""
+        self.lanes = {**self.lanes, **{one.id: one for one in lanes}}
+        self._by_name = {(one.queue, one.type): one for one in self.lanes.values()}
 
     def known_lane(self, queue: str, type: str) -> Lane | None:
         """The lane of a queue and type, when there is one; nothing is written."""
@@ -292,7 +290,9 @@ class Queue:
                 there = batch.tx.fetch(st.FIND_LANE, queue=queue, type=type)
                 batch.tx.run_rows(st.MAKE_TALLY, [(there[0][0], state, 0) for state in STATES])
                 log.info("created new queue '%s' for %s", queue, type)
-            return read_lane(there[0][0], queue, type, paused)
+            made = read_lane(there[0][0], queue, type, paused)
+            batch.lanes.append(made)
+            return made
 
         made: Lane
         try:
@@ -300,7 +300,6 @@ class Queue:
         except Unavailable:
             # Another daemon made it at the same moment; a second look finds it.
             made = self.act(make)
-        self._know([made])
         return made
 
     def take_ids(self, k: int) -> int | None:
@@ -637,8 +636,12 @@ class Queue:
         """Stop or resume the claims of a queue; survives a restart."""
         if not any(one.queue == queue for one in self.lanes.values()):
             raise NotFound(f"no job has gone to queue {queue} yet")
-        self.act(lambda batch: batch.tx.run(st.PAUSE, name=queue, paused=int(paused)))
-        self._know(one._replace(paused=paused) for one in self.lanes.values() if one.queue == queue)
+
+        def run(batch: Batch) -> None:
+            batch.tx.run(st.PAUSE, name=queue, paused=int(paused))
+            learn(batch)
+
+        self.act(run)
 
     # Chores
 
@@ -646,12 +649,7 @@ class Queue:
         """Learn what other daemons on the same database have made and paused, and whether they are
         cancelling.
         """
-
-        def learn(batch: Batch) -> list[Any]:
-            batch.family.under_way()
-            return batch.tx.fetch(st.LANES)
-
-        self._know(read_lane(*row) for row in self.act(learn))
+        self.act(learn)
 
     def laden(self) -> set[int]:
         """Lanes in which something is queued."""
@@ -778,6 +776,12 @@ class Queue:
     def dead_nodes(self) -> list[str]:
         """Earlier incarnations of this node that have not left in good order."""
         return list(self.act(self._node.dead))
+
+
+def learn(batch: Batch) -> None:
+    """Read the lanes, and whether somebody is cancelling."""
+    batch.family.under_way()
+    batch.lanes = [read_lane(*row) for row in batch.tx.fetch(st.LANES)]
 
 
 def read_lane(id: int, queue: str, type: str, paused: int) -> Lane:

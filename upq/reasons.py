@@ -8,9 +8,9 @@ from typing import Any
 from upq import when
 from upq.claimer import Claimer
 from upq.intake import Intake
-from upq.job import BLOCKED, FINAL, QUEUED, RUNNING
+from upq.job import BLOCKED, FINAL, QUEUED, RUNNING, Lane
 from upq.jobtypes import JobTypes
-from upq.queue import Lane, Queue
+from upq.queue import Queue
 from upq.views import AHEAD_LIMIT, Pace, Views
 
 #: Of the jobs that one waits for, those that are named.
