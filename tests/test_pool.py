@@ -307,6 +307,19 @@ def test_one_long_job_ends_the_claims_ahead(work: Work) -> None:
     assert pool.book() == 1
 
 
+def test_what_a_thread_is_about_to_start_is_not_taken_back(work: Work) -> None:
+    work.act = lambda job: None
+    pool = work.pool(1)
+    first, second = claimed(), claimed()
+    give(pool, first)
+    until(lambda: pool._idle == 1)
+    with pool._lock:  # as when the machine stands still: the thread is told, and does not run
+        give(pool, second)
+        time.sleep(0.02)
+        assert pool.take_back(0.01) == []
+    until(lambda: work.ended == [first.id, second.id])
+
+
 def test_what_does_not_start_in_time_is_taken_back(work: Work) -> None:
     pool = work.pool(1)
     running, *ahead = [claimed() for _ in range(3)]

@@ -114,11 +114,18 @@ class Pool:
         with self._changed:
             if not self._claimed or self._claimed[0][1] > limit:
                 return []
+            if stale_s and self._is_at_hand():
+                return []
             taken = [job for job, _ in self._claimed]
             self._claimed.clear()
             # The jobs are longer than they were: claim nothing ahead until it is known better.
             self._usual_s = 1.0
             return taken
+
+    def _is_at_hand(self) -> bool:
+        """Whether a thread is about to start what is claimed, once the machine lets it."""
+        threads = self._threads - len(self._parked)
+        return not self._resuming and min(threads, self.concurrent) > self._running
 
     def has_claimed(self) -> bool:
         return bool(self._claimed)
