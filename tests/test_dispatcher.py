@@ -17,7 +17,7 @@ from upq.desk import Ends
 from upq.dispatcher import Dispatcher
 from upq.errors import Unavailable
 from upq.intake import Intake
-from upq.job import DONE, FAILED, QUEUED, Outcome
+from upq.job import DONE, FAILED, QUEUED, Outcome, Output
 from upq.jobtypes import JobTypes
 from upq.runner import Runner
 
@@ -133,3 +133,16 @@ def test_the_manual_has_every_counter(front: Front) -> None:
     named = {name for name in front.counters if f"`{name}`" in table}
     assert named == front.counters.keys()
     assert "`outbox`" in table and "`outbox_lag_s`" in table and "`oldest_queued_s`" in table
+
+
+def test_output_is_the_stored_one_once_the_end_is_stored(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    front.store.submit("hash")
+    claimed = front.store.claim_one()
+    front.store.queue.finish(claimed, Outcome(DONE, output=Output("all of it", 9, False)))
+    front.store.flush()
+    # Its thread has not come back yet.
+    monkeypatch.setattr(front.desk._claimer, "running", lambda: [(claimed, None)])
+    told = front.ask(f"output {claimed.id}")
+    assert (told["text"], told["running"]) == ("all of it", False)

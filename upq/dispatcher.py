@@ -228,7 +228,7 @@ class Dispatcher:
     def _output(self, args: dict[str, Any], peer: Peer, alive: Alive) -> Any:
         id, start, which = args["id"], args.get("from", 0), args.get("start")
         job = self._readable(id, peer)
-        live = self._live(id, start)
+        live = self._live(id, start) if job["state"] == RUNNING else None
         if live is not None and which in (None, live[0]):
             text, next_, size_bytes = live[1]
             return {"id": id, "attempt": live[0], "text": text, "size_bytes": size_bytes,
