@@ -592,9 +592,9 @@ def test_an_end_whose_commit_broke_is_stored_once(
 @pytest.fixture(params=["mariadb", "postgres"])
 def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> PrivateServer:
     """A server that is waited for as short as may be."""
+    monkeypatch.setattr(db, "CONNECT_S", 2)
     for module_ in (db, module):
-        monkeypatch.setattr(module_, "CONNECT_S", 2)
-    monkeypatch.setattr(db, "STATEMENT_S", 3)
+        monkeypatch.setattr(module_, "STATEMENT_S", 3)
     monkeypatch.setattr(db, "IDLE_S", 1)
     monkeypatch.setattr(module, "PROBE_S", 0.05)
     found: PrivateServer = request.getfixturevalue(request.param)

@@ -16,7 +16,7 @@ from typing import Any, NoReturn, Protocol
 
 import sqlalchemy as sa
 
-from upq.db import CONNECT_S, Database, one_line
+from upq.db import STATEMENT_S, Database, one_line
 from upq.errors import RequestError, Unavailable, Uncertain, UpqError
 from upq.sql import Sql, Tx
 
@@ -377,7 +377,7 @@ class Writer:
 
     def _may_ask(self) -> bool:
         """After a hang nobody asks: those who wait have waited long enough."""
-        return time.monotonic() - self._began_s < CONNECT_S
+        return time.monotonic() - self._began_s < STATEMENT_S
 
     def _answers(self) -> bool:
         """Whether the database is there all the same: then it was a change that broke it."""
