@@ -707,7 +707,6 @@ def test_clients_that_come_while_it_drains_are_served_by_the_next_daemon(daemon:
         daemon.until_noted(f"start {id}")
         daemon.signal(signal.SIGTERM)
         daemon.until_heard("STOPPING=1")
-        time.sleep(0.2)
         with daemon.talk() as late:
             late.send("echo n:1\n")
             daemon.open_gate()

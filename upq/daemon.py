@@ -96,6 +96,8 @@ class Daemon:
         self.exit_status = 0
         # When the watchdog's chore last woke the claimer.
         self._woken_s = 0.0
+        # Threads that store the ends of jobs which are given up.
+        self._declaring: list[threading.Thread] = []
         # Set for the next start to find that this one did not end well.
         self._keep_node = False
 
@@ -246,8 +248,6 @@ class Daemon:
         if dead and self._database.kind == "sqlite":
             threading.Thread(target=self._quick_check, name="quick_check", daemon=True).start()
 
-    def _quick_check(self) -> None:
-        found = self._database.quick_check()
     def _take_back(self) -> None:
         orphans = self._queue.orphans()
         if orphans:
@@ -263,6 +263,8 @@ class Daemon:
         if self._queue.shared:
             self._take_back()
 
+    def _quick_check(self) -> None:
+        found = self._database.quick_check()
         if found:
             log.critical("the database file is damaged: %s; restore it from a backup", found)
             self._keep_node = True
@@ -316,9 +318,11 @@ class Daemon:
             return
         many, limit = self._runner.threads.abandon(), self.settings.daemon.max_abandoned
         # Not in the keeper's thread: while the database is away, an end may have to wait for it.
-        threading.Thread(
+        declaring = threading.Thread(
             target=self._runner.declare, args=(job, plugin), name="declare", daemon=True
-        ).start()
+        )
+        declaring.start()
+        self._declaring = [*filter(threading.Thread.is_alive, self._declaring), declaring]
         if many == limit + 1:
             log.critical("%d threads hang, more than [daemon] max_abandoned: restarting", many)
             self.fail()
@@ -419,21 +423,23 @@ class Daemon:
 
     def stop(self) -> None:
         """Drain, then interrupt; no job is lost and none that was interrupted loses an attempt."""
+        for door in self._doors:
+            # Clients of a socket that systemd keeps wait in its backlog for the next daemon.
+            if door.outlives_us:
+                door.close()
         systemd.notify("STOPPING=1")
         log.info("Shutting down socket server...")
         grace_s = self.settings.daemon.grace_s
         deadline_s = time.monotonic() + grace_s
         self._intake.stopping = True
-        for door in self._doors:
-            # Clients of a socket that systemd keeps wait in its backlog for the next daemon.
-            if door.outlives_us:
-                door.close()
         self._claimer.drain()
         self._wait_until(lambda: self._claimer.busy == 0, deadline_s)
         self._claimer.stop()
         self._claimer.close_pools()
         self._interrupt()
         stored_by_s = time.monotonic() + 2.0
+        for declaring in self._declaring:
+            declaring.join(max(stored_by_s - time.monotonic(), 0))
         # Clients that wait for these ends hear of them before they are hung up.
         self._claimer.flush(stored_by_s)
         for door in self._doors:
