@@ -152,7 +152,7 @@ def post(
         left_s = max(timeout_s - (time.monotonic() - began_s), 0.1)
         sock = socket.create_connection((address, port), left_s)
         connection.sock = sock
-        with _deadline(sock, max(timeout_s - (time.monotonic() - began_s), 0.1)) as over:
+        with _deadline(sock, timeout_s, began_s) as over:
             if tls:
                 context = ssl.create_default_context()
                 connection.sock = context.wrap_socket(sock, server_hostname=host)
@@ -167,7 +167,7 @@ def post(
 
 
 @contextlib.contextmanager
-def _deadline(sock: socket.socket, seconds: float) -> Iterator[threading.Event]:
+def _deadline(sock: socket.socket, timeout_s: float, began_s: float) -> Iterator[threading.Event]:
     """Cut the connection when the time is over: a server may send a byte now and then for ever."""
     over = threading.Event()
     line = socket.socket(fileno=os.dup(sock.fileno()))
@@ -177,14 +177,14 @@ def _deadline(sock: socket.socket, seconds: float) -> Iterator[threading.Event]:
         with contextlib.suppress(OSError):
             line.shutdown(socket.SHUT_RDWR)
 
-    timer = threading.Timer(seconds, cut)
+    timer = threading.Timer(max(timeout_s - (time.monotonic() - began_s), 0.1), cut)
     timer.daemon = True
     timer.start()
     try:
         yield over
     except (OSError, http.client.HTTPException) as error:
         if over.is_set():
-            raise TimeoutError(f"no answer within {seconds:.0f} s") from error
+            raise TimeoutError(f"no answer within {timeout_s:g} s") from error
         raise
     finally:
         timer.cancel()
