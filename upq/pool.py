@@ -100,6 +100,9 @@ class Pool:
             if jobs:
                 self._suspects = any(job.crashes for job in jobs)
             self._claimed.extend((job, now) for job in jobs)
+            if self._asked_to_end and not self._booked and not self._claimed:
+                # What was only about to come has gone elsewhere.
+                self._asked_to_end.intersection_update(self._jobs)
             wanted = min(len(self._claimed), self.concurrent - self._running)
             # And one that sees to what they have not started in time.
             wanted = min(wanted, self._needed() + 1)
