@@ -102,20 +102,22 @@ LEFTOVER = table(
 )
 
 
-#: Seconds that another one may take to make a table: MySQL does not let us look at it meanwhile.
-TABLE_S = 0.1
+#: Seconds that another one may take to make the tables, which MySQL does not let us look at
+#: meanwhile, and between two tries.
+TABLES_S, TABLE_S = 3.0, 0.1
 
 
 @lru_cache(maxsize=4)
 def make_tables(engine: Engine) -> None:
     """Once per engine. Others may make them at the same moment, here or on another machine."""
-    for left in reversed(range(len(meta.tables) + 1)):
+    over_s = time.monotonic() + TABLES_S
+    while True:
         with engine.connect() as connection:
             try:
                 meta.create_all(connection)
                 return connection.commit()
             except DBAPIError:  # somebody else was quicker with one of the tables
-                if not left:
+                if time.monotonic() > over_s:
                     raise
         time.sleep(TABLE_S)
 
