@@ -266,6 +266,20 @@ def test_many_that_wait_are_woken_by_one_end(office: Office) -> None:
     assert office.ends._waiting == {}
 
 
+def test_who_leaves_while_the_others_are_woken_keeps_none_of_them_waiting(office: Office) -> None:
+    ends = Ends(office.store.views)
+
+    class Leaves(threading.Event):
+        def set(self) -> None:
+            super().set()
+            ends._waiting[1].remove(self)
+
+    all_ = [Leaves() for _ in range(4)]
+    ends._waiting[1] = [*all_]
+    ends.hear([Event(1, 1, 0, DONE, "", "", 1, "", "")])
+    assert [one.is_set() for one in all_] == [True] * 4
+
+
 def test_a_wait_ends_when_nobody_listens_any_more(office: Office) -> None:
     id = office.store.submit()
     alive = [True, True]

@@ -61,10 +61,9 @@ class Ends:
         if not self._waiting:
             return
         with self._lock:
-            woken = [self._waiting.get(e.job, []) for e in events if e.state in FINAL]
-        for waiters in woken:
-            for waiter in waiters:
-                waiter.set()
+            woken = [w for e in events if e.state in FINAL for w in self._waiting.get(e.job, ())]
+        for waiter in woken:
+            waiter.set()
 
     def wait(
         self, id: int, timeout_s: float | None = None, alive: Callable[[], bool] | None = None
