@@ -68,8 +68,8 @@ class Door:
         """Accept nothing more. Connections go on until `hang_up`."""
         if self._closed:
             return
+        os.write(self._stop_w, b"x")  # before: who accepts closes this pipe when it sees that
         self._closed = True
-        os.write(self._stop_w, b"x")
         path = self._place.path
         if path is not None and self._place.inode:
             with contextlib.suppress(OSError):
