@@ -90,6 +90,10 @@ class Door:
             if self._inside and not self._raised and _is_safe(self._ident, Door.run.__code__):
                 self._raised = True
                 _raise_in(self._ident, Interrupted)
+                # The machine may have taken our turn away between the look and the raise.
+                if not _is_safe(self._ident, Door.run.__code__):
+                    _raise_in(self._ident, None)
+                    self._raised = False
             return self._raised or self.has_left
 
     def give_up(self) -> bool:
