@@ -229,7 +229,9 @@ class Daemon:
             pool.resize(cfg.concurrent)
         for name, kind in self._types.by_name.items():
             if kind.queue:
-                self._queue.lane(kind.queue, name)
+                # Only to be seen: while the database is away, the first submit makes it.
+                with contextlib.suppress(RequestError):
+                    self._queue.lane(kind.queue, name)
             if name in pools:
                 pools[name].resize(kind.cfg.concurrent)
             else:
