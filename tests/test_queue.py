@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from tests import stores
 from tests.store_bench import claims_past, crowd
 from tests.stores import Store
-from upq import schema, when, writer
+from upq import queue, schema, when, writer
 from upq.batch import LEASE_S
 from upq.clauses import CHUNK
 from upq.errors import KeyConflict, NotFound, Unavailable, WrongState
@@ -692,6 +692,24 @@ def test_pause_is_of_the_queue_and_survives_a_restart(url: str) -> None:
         assert not any(lane.paused for lane in store.queue.lanes.values())
         with pytest.raises(NotFound):
             store.queue.pause("no such queue", True)
+
+
+def test_progress_that_is_told_while_the_last_is_stored_is_stored_too(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.submit()
+    claimed = store.claim_one()
+    text = queue.progress_text
+
+    def stored_meanwhile(progress: dict[str, Any]) -> str:
+        store.flush()
+        return text(progress)
+
+    for done in (1, 2, 3):
+        store.queue.set_progress(claimed.id, claimed.token, {"done": done})
+        monkeypatch.setattr(queue, "progress_text", stored_meanwhile)
+    store.flush()
+    assert '"done":3' in store.row(claimed.id).progress
 
 
 def test_what_was_read_before_a_pause_does_not_undo_it(

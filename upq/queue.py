@@ -164,8 +164,9 @@ class Queue:
         # When each of them was last gone on with; how many jobs claims have ended of each.
         self._cancels: dict[int, int] = {}
         self._caught = Counter[int]()
-        # The latest progress of each claim that is not stored yet.
+        # The latest progress of each claim that is not stored yet; each is posted once.
         self._progress: dict[int, str] = {}
+        self._progress_lock = threading.Lock()
         # Tokens of the claims whose ends are not committed; changed only in `note`.
         self._held: set[int] = set()
         #: Who claims; told what is queued, so that it can start in the same transaction.
@@ -622,13 +623,16 @@ class Queue:
 
     def set_progress(self, id: int, token: int, progress: dict[str, Any]) -> None:
         """Store how far a running job is; soon, and only the latest that is known then."""
-        is_new = token not in self._progress
-        self._progress[token] = progress_text(progress)
+        text = progress_text(progress)
+        with self._progress_lock:
+            is_new = token not in self._progress
+            self._progress[token] = text
         if is_new:
             self.writer.post(Act(lambda batch: self._store_progress(batch, id, token)))
 
     def _store_progress(self, batch: Batch, id: int, token: int) -> None:
-        text = self._progress.pop(token, None)
+        with self._progress_lock:
+            text = self._progress.pop(token, None)
         if text is not None:
             batch.tx.run(st.SET_PROGRESS, id=id, token=token, value=text)
 
