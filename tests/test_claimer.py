@@ -13,7 +13,7 @@ from tests.test_pool import until
 from upq import UpqJob, when
 from upq import claimer as module
 from upq.changes import Want
-from upq.claimer import Claimer
+from upq.claimer import SLEEP_S, Claimer
 from upq.errors import Unavailable
 from upq.job import DONE, QUEUED, RUNNING, Job, NewJob, Outcome
 from upq.pool import Pool
@@ -201,8 +201,46 @@ def test_a_type_without_a_pool_waits(line: Line) -> None:
     line.begin()
     line.store.submit()
     time.sleep(0.05)
-    assert line.claimer.step() is None
+    assert line.claimer.step() == SLEEP_S
     assert line.store.jobs([])[0]["state"] == QUEUED
+
+
+def test_a_place_that_is_freed_while_a_submit_is_committed_is_not_forgotten(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SLEEP_S", 1000)
+    gate, claims = threading.Event(), threading.Event()
+    line.act = lambda job: gate.wait(10) and None
+    line.pool()
+    line.begin()
+    first = line.store.submit()
+    until(lambda: line.started == [first])
+    claim, settle = line.store.queue.claim, line.claimer.settle
+
+    def noted(wants: list[Want]) -> list[Job]:
+        if gate.is_set():
+            claims.set()
+        return claim(wants)
+
+    def late(queued: set[int], booked: list[Want], jobs: list[Job]) -> None:
+        if queued and not gate.is_set():  # the submit found no room
+            gate.set()
+            assert claims.wait(10)  # and the claimer comes for what has ended, behind us
+        settle(queued, booked, jobs)
+
+    monkeypatch.setattr(line.store.queue, "claim", noted)
+    monkeypatch.setattr(line.claimer, "settle", late)
+    second = line.store.submit()
+    until(lambda: line.started == [first, second])
+
+
+def test_a_job_of_a_far_year_stops_nobody(line: Line) -> None:
+    line.pool()
+    line.begin()
+    line.store.submit(run_at=when.now() + 900 * 365 * 86400 * 1_000_000)
+    until(lambda: line.claimer._rests_until_s not in {0.0, float("inf")})
+    line.store.submit()
+    until(lambda: line.done() == 1)
 
 
 def test_a_held_lane_is_passed_over_until_it_is_free(line: Line) -> None:

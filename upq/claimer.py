@@ -28,6 +28,8 @@ STALE_S = 0.25
 #: Seconds between two tries while the database is away; also how often another daemon's submits
 #: are looked for on a database that several share.
 RETRY_S, POLL_S = 0.5, 2.0
+#: The longest sleep: a job may be due in a hundred years, and the clock may be set meanwhile.
+SLEEP_S = 5.0
 #: Seconds that ends which were posted wait for a commit that takes them along, as long as there are
 #: commits; for how long at the most until there is a step; after how many wakes it is tried again,
 #: when there was none.
@@ -85,10 +87,10 @@ class Claimer:
         self._hurries = 0
         #: Lanes that may have something to claim; all others are left alone.
         self._hot: set[int] = set()
-        # Set when jobs were queued for which no room could be booked.
+        # Set when jobs were queued for which no room could be booked, or room was given back.
         self._missed = False
-        # True while the loop sleeps until it is woken.
-        self._rests = False
+        # By time.monotonic, until when the loop sleeps if nobody wakes it; 0 while it is awake.
+        self._rests_until_s = 0.0
         self._recoveries = 0
         # When each lane was last given places.
         self._turns: dict[int, int] = {}
@@ -248,15 +250,30 @@ class Claimer:
                 self.wake()
         missed = queued - seen
         news = missed - self._hot
-        if missed:
-            self._missed = True
-            self._hot |= missed
-        if self._rests and (crowded or (booked and not jobs)):
-            # Somebody has to see that what was claimed ahead starts, or that room is free again.
-            self.wake()
+        self._hot |= missed
+        # Another thread has had room that the loop's own claim may have been refused meanwhile.
+        back = bool(booked) and not jobs and threading.get_ident() != self._thread
+        self._missed = self._missed or back or bool(missed)
+        # From here on the loop either sees that when it goes to rest, or it rests and is woken.
+        if until_s := self._rests_until_s:
+            late = crowded and until_s > time.monotonic() + STALE_S
+            if late or self._could_start(self._hot if back else missed):
+                # Somebody has to see that what was claimed ahead starts, or that room is free.
+                self.wake()
         if any(map(self._opens_at, news)):
             # Somebody has to see when the gate opens.
             self.wake()
+
+    def _could_start(self, lanes: Collection[int]) -> bool:
+        """Whether one of these lanes would be given a place now."""
+        found = [lane for id in list(lanes) if (lane := self._queue.lanes.get(id))]
+        return any(
+            (pool := self.pool_of(lane))
+            and pool.has_room()
+            and not self._hold(lane)
+            and not self._waits(lane.type)
+            for lane in found
+        )
 
     def _opens_at(self, lane_id: int) -> int | None:
         """When a lane that is passed over for a gate or a rate is worth another look."""
@@ -293,25 +310,23 @@ class Claimer:
             except RequestError as error:
                 log.debug("no claims: %s", error)
                 wait_s = RETRY_S
-            if wait_s != 0:
-                self._rests = wait_s is None
+            if wait_s:
                 self._rest(wait_s)
-                self._rests = False
+            self._rests_until_s = 0.0
             self._wanted = False
             self._wake.clear()
 
-    def _rest(self, wait_s: float | None) -> None:
+    def _rest(self, wait_s: float) -> None:
         """Sleep until woken. Ends alone wait a little: who submits next commits them with it."""
         began_s = time.monotonic()
+        self._rests_until_s = began_s + wait_s
         if not self._wake.wait(wait_s) or self._wanted:
             return
         if self._hurries:
             self._hurries -= 1
             return
         writer = self._queue.writer
-        until_s = time.monotonic() + LINGER_MOST_S
-        if wait_s is not None:
-            until_s = min(until_s, began_s + wait_s)
+        until_s = min(time.monotonic() + LINGER_MOST_S, began_s + wait_s)
         self._lingers = True
         try:
             while time.monotonic() < until_s:
@@ -325,10 +340,10 @@ class Claimer:
         finally:
             self._lingers = False
 
-    def step(self) -> float | None:
+    def step(self) -> float:
         """Wake what is due, commit what was posted, claim.
 
-        Returns the seconds until the next step; None when somebody will wake us.
+        Returns the seconds until the next step, unless somebody wakes us before.
         """
         queue = self._queue
         self._give_back_stale()
@@ -367,8 +382,10 @@ class Claimer:
             self._hot |= lanes
             raise
         self.settle(set(), booked, claimed)
-        if self._missed and booked:
-            # Jobs came while all room was booked for this claim, which may not have seen them.
+        # Before the look: who adds something after it finds that we rest, and wakes us.
+        self._rests_until_s = float("inf")
+        if self._missed and self._could_start(self._hot):
+            # Jobs came, or room, that this claim may not have seen.
             return 0.0
         if self._leaves_room(booked, claimed):
             return 0.0
@@ -423,8 +440,8 @@ class Claimer:
     def _openings(self) -> list[int]:
         return [at for lane in set(self._hot) if (at := self._opens_at(lane))]
 
-    def _patience(self, openings: list[int]) -> float | None:
-        waits: list[float] = []
+    def _patience(self, openings: list[int]) -> float:
+        waits = [SLEEP_S]
         if any(pool.has_claimed() for pool in self.pools.values()):
             waits.append(STALE_S)
         if self._queue.next_due is not None:
@@ -435,7 +452,7 @@ class Claimer:
             waits.append(max(min(openings) - when.now(), 0) / 1e6 + 0.001)
         if self.ticked_s - self._queue.writer.doubted_s <= DOUBT_S:
             waits.append(DOUBT_LOOK_S)
-        return min(waits, default=None)
+        return min(waits)
 
     # The end
 

@@ -77,15 +77,23 @@ class Pool:
     def book(self) -> int:
         """Set aside the room there is; how many jobs may be claimed for it. `give` ends it."""
         with self._changed:
-            if self._closed:
-                return 0
-            free = self.concurrent - self._running - self._resuming
-            ahead = min(LOOK_AHEAD_JOBS, int(self.concurrent * LOOK_AHEAD_S / self._usual_s))
-            if self._suspects:
-                ahead = 0
-            room = max(free + ahead - len(self._claimed) - self._booked, 0)
+            room = self._room()
             self._booked += room
             return room
+
+    def has_room(self) -> bool:
+        """Whether `book` would set something aside."""
+        with self._changed:
+            return self._room() > 0
+
+    def _room(self) -> int:
+        if self._closed:
+            return 0
+        free = self.concurrent - self._running - self._resuming
+        ahead = min(LOOK_AHEAD_JOBS, int(self.concurrent * LOOK_AHEAD_S / self._usual_s))
+        if self._suspects:
+            ahead = 0
+        return max(free + ahead - len(self._claimed) - self._booked, 0)
 
     def give(self, booked: int, jobs: Sequence[Job]) -> Sequence[Job]:
         """Hand over what was claimed for booked room; starts threads as they are needed.
