@@ -185,7 +185,7 @@ def kill_cancels(kills: int, jobs: int) -> int:
                 report("starts in the other until it heard", str(found.unheard), "2 s")
             report("longest to READY", f"{found.ready_s:.2f} s", "")
             report("longest until all was cancelled", f"{found.over_s:.2f} s", "")
-            missed |= found.survived or found.started or not all(found.cancelled)
+            missed |= found.survived or found.started or len(found.cancelled) < kills
     return int(bool(missed))
 
 

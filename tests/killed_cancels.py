@@ -52,10 +52,12 @@ JOBS = {"member": MEMBER, "grower": GROWER, "tell": "def run(self):\n    note('t
 PART = 5000
 #: What a cancel of many may take to come to its end, seconds.
 END_S = 120.0
+#: How often a kill that came too late, when all was cancelled, is made again.
+TRIES = 5
 
 
 class Figures(NamedTuple):
-    #: At each kill, how many jobs were cancelled.
+    #: At each kill in the middle of a cancel, how many jobs were cancelled.
     cancelled: list[int]
     #: Jobs that had not ended in the end; starts after the restart; those in another daemon between
     #: the kill and its next look.
@@ -86,7 +88,10 @@ def run(folder: Path, name: str, jobs: int, kills: int, *, beside: bool = False)
         stack.enter_context(one)
         for n in range(kills):
             target = 1 + round(jobs * 0.9 * n / max(kills - 1, 1))
-            found.append(kill(one, other, engine, jobs, target))
+            for _ in range(TRIES):
+                found.append(kill(one, other, engine, jobs, target))
+                if found[-1].cancelled:
+                    break
     sums = [sum(column) for column in list(zip(*(each[1:4] for each in found), strict=True))]
     longest = [max(column) for column in list(zip(*(each[4:] for each in found), strict=True))]
     return Figures([n for each in found for n in each.cancelled], *sums, *longest)
@@ -110,8 +115,7 @@ def kill(one: Daemon, other: Daemon | None, engine: sa.Engine, jobs: int, target
     one.kill9()
     cancel.join()
     cancelled = count(engine, batch, job.c.state == CANCELLED)
-    if not open_cancels(engine):
-        cancelled = 0  # it came too late
+    in_the_middle = cancelled < jobs and open_cancels(engine)
     unheard = 0
     if other is not None:
         before = len(starts(other))
@@ -125,7 +129,8 @@ def kill(one: Daemon, other: Daemon | None, engine: sa.Engine, jobs: int, target
     over_s = time.monotonic() - began_s
     time.sleep(0.5)
     started = len(starts(one)) - before
-    return Figures([cancelled], unfinished(engine, batch), started, unheard, ready_s, over_s)
+    met = [cancelled] if in_the_middle else []
+    return Figures(met, unfinished(engine, batch), started, unheard, ready_s, over_s)
 
 
 def filled(one: Daemon, jobs: int) -> int:

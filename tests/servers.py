@@ -332,6 +332,12 @@ class Postgres(PrivateServer):
             *(f"--{name}={value}" for name, value in settings.items()),
         ]
 
+    def kill9(self) -> None:
+        super().kill9()
+        # They name the dead one: another process with that number would keep it from starting.
+        for left in "data/postmaster.pid", ".s.PGSQL.5432.lock":
+            (self.folder / left).unlink(missing_ok=True)
+
 
 class MariaDB(PrivateServer):
     SETTINGS: ClassVar[Mapping[str, str]] = {

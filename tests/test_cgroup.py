@@ -22,8 +22,9 @@ from upq.command import CommandJob, command_type
 from upq.jobtypes import JobTypes
 
 ROOT = Path(__file__).parent.parent
-#: Leaves its session, its parent and its environment: without a group nobody finds it again.
-ESCAPE = "setsid env -i sh -c 'echo $$; exec sleep 999 >/dev/null 2>&1' &"
+#: Leaves its session, its parent and its environment: without a group nobody finds it again. Its
+#: number is printed once it is away.
+ESCAPE = "echo $(setsid env -i sh -c 'echo $$; exec sleep 999 >/dev/null 2>&1' &);"
 LIMITS = GroupLimits(tasks=50)
 
 
@@ -86,7 +87,7 @@ def test_where_no_group_was_handed_over_it_runs_without() -> None:
 
 
 def test_what_it_leaves_behind_ends_with_it(groups: Groups) -> None:
-    job = shell(f"{ESCAPE} sleep 0.5", groups=groups)
+    job = shell(ESCAPE, groups=groups)
     began_s = time.monotonic()
     assert job.run() is True
     assert time.monotonic() - began_s < 2.5
@@ -94,7 +95,7 @@ def test_what_it_leaves_behind_ends_with_it(groups: Groups) -> None:
 
 
 def test_at_its_timeout_nothing_escapes(folder: Path, groups: Groups) -> None:
-    job = shell(f"{ESCAPE} sleep 0.2; sleep 999", groups=groups, timeout_s=0.5, grace_s=2)
+    job = shell(f"{ESCAPE} sleep 999", groups=groups, timeout_s=3, grace_s=2)
     assert job.run() is False
     assert job.ended_by == "timeout"
     assert not is_there(int(output(job)))

@@ -40,7 +40,7 @@ TEXTS = [*PAGES, ROOT / "CHANGELOG.md"]
 #: What would take long or never end, and what is run for it.
 INSTEAD = {
     "make demo": "make demo ARGS='--jobs 60'",
-    "make test": "make test ARGS='-q -p no:cacheprovider tests/test_when.py'",
+    "make test": "make test ARGS='-q -n 0 -p no:cacheprovider tests/test_when.py'",
 }
 PROGRAMS = {"nc": "netcat-openbsd", "php": "php-cli"}
 #: What secrets of examples are taken from.
@@ -130,7 +130,7 @@ class World:
         return subprocess.run(
             ["bash", "-euo", "pipefail", "-c", script],
             cwd=self.folder, env=self.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, timeout=100, check=False,
+            stderr=subprocess.STDOUT, text=True, timeout=250, check=False,
         )  # fmt: skip
 
     def start(self) -> None:
@@ -249,6 +249,7 @@ def world() -> Iterator[World]:
 # What pages tell to do
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_what_a_page_tells_to_do_can_be_done(page: Path, world: World) -> None:
     todo = [block for block in runnable(page) if block.kind != "sql"]

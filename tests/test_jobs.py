@@ -270,7 +270,8 @@ def test_hash_of_an_empty_file(jobs: Jobs, tmp_path: Path) -> None:
     assert jobs.run("hash", {"file": str(path)}).result == digests(b"")
 
 
-def test_hash_shows_how_far_it_is(jobs: Jobs, file: Path) -> None:
+def test_hash_shows_how_far_it_is(jobs: Jobs, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("upq.plugins.PROGRESS_S", 60)
     jobs.run("hash", {"file": str(file)})
     assert jobs.desk.progressed == [{"done": 1 << 20, "total": 3_000_000, "text": ""}]
 

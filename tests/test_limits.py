@@ -686,23 +686,30 @@ def test_blocked_jobs_expire_and_hold_those_after_them(store: Store) -> None:
     assert store.claim_one().id == last
 
 
-def test_what_has_started_does_not_expire(store: Store) -> None:
-    soon = when.now() + 400_000
-    first = store.submit(limits=Limits(expires_at=soon))
+def after_two_hours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on the clock shows a time at which all is over that expires in an hour."""
+    later = when.now() + 2 * HOUR
+    monkeypatch.setattr(when, "now", lambda: later)
+
+
+def test_what_has_started_does_not_expire(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = store.submit(limits=Limits(expires_at=when.now() + HOUR))
     running = store.claim_one()
     assert store.row(first).expires_at is None
-    time.sleep(0.45)
+    after_two_hours(monkeypatch)
     end(store, running, QUEUED)
     store.queue.expire(no_jobs)
     assert store.claim_one().id == first
 
 
-def test_a_claim_that_is_given_back_was_no_start(store: Store) -> None:
-    soon = when.now() + 400_000
-    first = store.submit(limits=Limits(expires_at=soon))
+def test_a_claim_that_is_given_back_was_no_start(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = when.now() + HOUR
+    first = store.submit(limits=Limits(expires_at=at))
     end(store, store.claim_one(), QUEUED, counts=False)
-    assert store.row(first).expires_at == soon
-    time.sleep(0.45)
+    assert store.row(first).expires_at == at
+    after_two_hours(monkeypatch)
     assert store.claim(9) == []
     store.queue.expire(no_jobs)
     assert store.views.job(first)["state"] == EXPIRED
@@ -883,12 +890,14 @@ def submit_and_fail(store: Store, limits: Limits) -> int:
 @pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize("end_it", [expired, failed])
 def test_what_is_retried_after_its_time_starts(
-    store: Store, end_it: Callable[[Store, int], None], many: bool
+    store: Store,
+    end_it: Callable[[Store, int], None],
+    many: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    soon = when.now() + 500_000
-    id = store.submit(limits=Limits(expires_at=soon, serial="vm:5"))
+    id = store.submit(limits=Limits(expires_at=when.now() + HOUR, serial="vm:5"))
     end_it(store, id)
-    time.sleep(max(soon - when.now(), 0) / 1e6 + 0.001)
+    after_two_hours(monkeypatch)
     if many:
         assert store.queue.retry_many([id], "root") == [id]
     else:

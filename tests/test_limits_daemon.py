@@ -140,8 +140,8 @@ def test_a_child_that_would_wait_for_its_parent_is_refused(daemon: Daemon) -> No
 
 def test_what_has_not_started_in_time_is_expired_and_told(daemon: Daemon) -> None:
     daemon.submit("turn id:5")
+    assert "; it expires at 2" in daemon.why(daemon.submit("other id:5 @expires:1h"))
     late = daemon.submit("other id:5 @expires:300ms")
-    assert "; it expires at 2" in daemon.why(late)
     after = daemon.submit(f"other id:6 @after:{late}")
     assert daemon.wait(late)["state"] == "expired"
     assert daemon.job(after)["reason"].startswith(f"job {late} is expired")
@@ -203,7 +203,8 @@ def test_1000_jobs_over_20_keys_at_16_places(url: str, short_tmp: Path) -> None:
 
         until(drained, 3 * PATIENCE_S)
         ledger = daemon.ledger
-        assert judge(ledger, again) == []
+        cancelled = daemon.ask("jobs state:cancelled limit:1000")["jobs"]
+        assert judge(ledger, again, {one["id"] for one in cancelled}) == []
         states = Counter(one["state"] for one in daemon.ask("jobs limit:1000")["jobs"])
         assert states.keys() <= {"done", "cancelled"}
         assert states["done"] > 950
@@ -216,11 +217,11 @@ def left(daemon: Daemon) -> int:
     return int(counts["queued"] + counts["running"] + counts["blocked"])
 
 
-def judge(ledger: list[str], again: set[int]) -> list[str]:
+def judge(ledger: list[str], again: set[int], cancelled: set[int]) -> list[str]:
     """Two of a key at once, or one before another of the key that was submitted before it.
 
-    A start without an end was cut off by a kill: then the same job is the next. Those that were
-    cancelled and retried have lost their place.
+    A start without an end was cut off by a kill: then the same job is the next, unless it was
+    cancelled. Those that were cancelled and retried have lost their place.
     """
     faults: list[str] = []
     holder: dict[str, int] = {}
@@ -229,6 +230,8 @@ def judge(ledger: list[str], again: set[int]) -> list[str]:
         sign, key, word, *_ = line.split()
         id = int(word)
         if sign == "+":
+            if holder.get(key) in cancelled:
+                del holder[key]
             if holder.setdefault(key, id) != id:
                 faults.append(f"{id} started while {holder[key]} ran ({key})")
             if id not in began[key] and id not in again:

@@ -11,7 +11,7 @@ import pytest
 from upq import UpqJob
 from upq import pool as module
 from upq.job import RUNNING, Job
-from upq.pool import LOOK_AHEAD_JOBS, SOON_S, Pool, SharedPool
+from upq.pool import LOOK_AHEAD_JOBS, Pool, SharedPool
 
 numbers = itertools.count(1)
 
@@ -119,7 +119,7 @@ def test_threads_are_started_only_when_they_are_needed(work: Work) -> None:
         job = claimed()
         give(pool, job)
         work.let_go(job)
-        until(lambda n=n: len(work.ended) == n + 1 and pool.sizes()["running"] == 0)  # type: ignore[misc]
+        until(lambda n=n: len(work.ended) == n + 1 and pool._idle)  # type: ignore[misc]
     assert pool.sizes() == {"running": 0, "threads": 1, "places": 8}
 
 
@@ -224,6 +224,14 @@ def test_fewer_places_hold_from_the_next_job_on(work: Work) -> None:
     until(lambda: len(work.ended) == 6)
 
 
+@pytest.fixture
+def slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is short and what is soon in a measure that a loaded machine keeps to."""
+    monkeypatch.setattr(module, "SHORT_S", 40 * module.SHORT_S)
+    monkeypatch.setattr(module, "SOON_S", 40 * module.SOON_S)
+
+
+@pytest.mark.usefixtures("slower")
 def test_short_jobs_are_left_to_few_threads(work: Work) -> None:
     pool = work.pool(4)
     by_round: list[set[int]] = []
@@ -238,9 +246,10 @@ def test_short_jobs_are_left_to_few_threads(work: Work) -> None:
         give(pool, *[claimed() for _ in range(50)])
         until(lambda n=n: len(work.ended) == 50 * (n + 1))  # type: ignore[misc]
     used = [len(threads) for threads in by_round[30:]]  # by now they are known to be short
-    assert sum(used) / len(used) < 3.5
+    assert sum(used) / len(used) < 2
 
 
+@pytest.mark.usefixtures("slower")
 def test_behind_one_that_is_long_short_jobs_do_not_wait(work: Work) -> None:
     pool = work.pool(4)
     work.act = lambda _: None
@@ -257,7 +266,7 @@ def test_behind_one_that_is_long_short_jobs_do_not_wait(work: Work) -> None:
     began_s = time.monotonic()
     give(pool, long, *[claimed() for _ in range(40)])
     until(lambda: len(work.ended) == 640)
-    assert time.monotonic() - began_s < 0.5
+    assert time.monotonic() - began_s < 5 * module.SOON_S
     # While it goes on, those that come later do not wait for it at all.
     took_s = []
     for n in range(20):
@@ -266,7 +275,7 @@ def test_behind_one_that_is_long_short_jobs_do_not_wait(work: Work) -> None:
         give(pool, claimed())
         until(lambda n=n: len(work.ended) == 641 + n)  # type: ignore[misc]
         took_s.append(time.monotonic() - began_s)
-    assert sorted(took_s)[10] < SOON_S / 4
+    assert sorted(took_s)[10] < module.SOON_S / 4
     work.let_go(long)
     until(lambda: len(work.ended) == 661)
 
@@ -354,10 +363,10 @@ def test_a_waiting_parent_gives_its_place_to_another(work: Work) -> None:
     work.act = wait_for_child
     give(pool, parent)
     until(lambda: work.started == [parent.id] and pool.sizes()["running"] == 0)
-    assert work.wakes
+    until(lambda: work.wakes)
     give(pool, child)
     until(lambda: child.id in work.ended)
-    assert len(pool.running()) == 1
+    until(lambda: [job for job, _ in pool.running()] == [parent])
     work.let_go(child)
     assert goes_on.wait(10)
     until(lambda: pool.sizes()["running"] == 0 and pool.running() == [])
@@ -389,7 +398,7 @@ def test_a_parent_that_goes_on_takes_the_next_place_before_new_claims(work: Work
     work.let_go(child, *others)
     until(lambda: len(work.ended) == 5)
     assert order == ["child", "parent", "other", "other", "other"]
-    assert pool.sizes()["running"] == 0
+    until(lambda: pool.sizes()["running"] == 0)
 
 
 def test_parents_and_children_of_one_type_finish_to_any_depth(work: Work) -> None:
@@ -412,7 +421,7 @@ def test_parents_and_children_of_one_type_finish_to_any_depth(work: Work) -> Non
     give(pool, jobs[0])
     until(lambda: len(work.ended) == depth, 30)
     assert order == list(range(depth))[::-1]
-    assert pool.sizes()["running"] == 0
+    until(lambda: pool.sizes()["running"] == 0)
 
 
 def test_many_parents_at_once_lose_no_place(work: Work) -> None:
@@ -566,7 +575,7 @@ def test_a_job_that_is_about_to_start_is_asked_to_end(work: Work) -> None:
     pool = work.pool(1)
     running, ahead = claimed(), claimed()
     give(pool, running, ahead)
-    until(lambda: work.started == [running.id])
+    until(lambda: running.id in work.plugins)
     pool.cancel(ahead.token)
     assert not work.plugins[running.id].cancelled
     work.let_go(running)

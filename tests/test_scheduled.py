@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,6 +31,10 @@ def ticks(daemon: Daemon, name: str = "tick") -> list[int]:
     jobs = daemon.ask("jobs limit:1000")["jobs"]
     mine = [job for job in jobs if job["submitter"] == f"schedule {name}"]
     return sorted(when.instant(job["run_at"]) // 1_000_000 for job in mine)
+
+
+def blocked(daemon: Daemon, type: str) -> list[dict[str, Any]]:
+    return list(daemon.ask(f"jobs type:{type} state:blocked")["jobs"])
 
 
 def are_consecutive(seconds: list[int]) -> bool:
@@ -99,7 +105,7 @@ def test_jobs_of_a_type_that_cannot_run_wait(daemon: Daemon) -> None:
         daemon.ask("pause echo")
         for name in ("off", "bad", "echo"):
             until(lambda name=name: len(ticks(daemon, name)) >= 2)  # type: ignore[misc]
-            waiting = daemon.ask(f"jobs type:{name} state:blocked")["jobs"]
+            waiting = until(partial(blocked, daemon, name))
             assert len(waiting) >= 2 or name == "echo"
             assert waiting[0]["reason"]
         daemon.ask("resume echo")
