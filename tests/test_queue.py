@@ -598,7 +598,7 @@ def test_an_end_that_is_too_large_to_store_fails_its_job_and_nothing_else(
     one, two = store.claim(2)
     store.queue.finish(one, Outcome(DONE, data={"x": "\x01" * (3 * MIB)}), [NewJob("chain", {})])
     store.queue.finish(two, Outcome(DONE))
-    over_s = time.monotonic() + 30
+    over_s = time.monotonic() + 90
     while store.queue.writer.pending:
         assert time.monotonic() < over_s
         with suppress(Unavailable):  # until it is known which change breaks the connection
