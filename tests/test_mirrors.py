@@ -22,7 +22,7 @@ from tests.conftest import unavailable
 from tests.daemons import until
 from tests.ftpd import PASSWORD, USER, FtpServer, make_certificate
 from tests.jobkit import Ended, Jobs, perform
-from tests.servers import Missing, program
+from tests.servers import Missing, free_port, program
 
 BODY = os.urandom(3_000_000)
 NAME = "maps/a b.sd7"
@@ -477,8 +477,7 @@ def vsftpd(mirror: Path, certificate: Path, tmp_path: Path) -> Iterator[int]:
     except Missing as missing:
         unavailable(str(missing))
     (mirror / "pub").mkdir()
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = int(free.getsockname()[1])
+    port = free_port()
     me = pwd.getpwuid(os.getuid()).pw_name
     settings = tmp_path / "vsftpd.conf"
     settings.write_text(
