@@ -534,8 +534,15 @@ def test_data_comes_in_the_tls_session_that_has_logged_in(
     ids=["cancelled", "daemon stops", "timeout"],
 )
 def test_it_ends_in_the_middle_and_keeps_what_a_next_run_goes_on_with(
-    jobs: Jobs, ftp: FtpServer, file: Path, stop: dict[str, Any], left: int
+    jobs: Jobs,
+    ftp: FtpServer,
+    file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    stop: dict[str, Any],
+    left: int,
 ) -> None:
+    monkeypatch.setattr("upq_jobs.ftp.GRACE_S", 30)
     job = jobs.make("upload", {"fid": 1}, 7, **at(ftp, file))
 
     def progress(*_: object) -> None:
