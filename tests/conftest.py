@@ -11,8 +11,13 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import pytest
+from hypothesis import settings
 
 from tests.servers import MariaDB, Missing, Postgres, PrivateServer, Server, short_folder
+
+# How long an example takes is up to the machine. All else stays as it is, in CI and elsewhere.
+settings.register_profile("upq", deadline=None)
+settings.load_profile("upq")
 
 S = TypeVar("S", bound=PrivateServer)
 

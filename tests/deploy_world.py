@@ -23,7 +23,7 @@ from typing import Any, Self
 from zipfile import ZipFile
 
 from aiosmtpd.controller import Controller
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, make_url, text
 
 from tests.conftest import unavailable
 from tests.daemons import ROOT, Daemon, until
@@ -78,12 +78,21 @@ MORE_INI = "\n[appserver 2]\naddress = 127.0.0.1\n"
 class TcpPostgres(Postgres):
     """It listens to TCP, too, and asks for passwords there."""
 
+    #: Drawn at the first start.
+    port = 0
+
     def __init__(self) -> None:
-        self.port = free_port()
-        super().__init__(listen_addresses="127.0.0.1", port=str(self.port), fsync="off")
+        super().__init__(listen_addresses="127.0.0.1", fsync="off")
         hba = self.folder / "hba"
         hba.write_text("local all postgres trust\nhost all all 127.0.0.1/32 scram-sha-256\n")
         self.settings["hba_file"] = str(hba)
+
+    def start(self) -> None:
+        if not self.port:
+            self.port = free_port()
+            self.settings["port"] = str(self.port)
+            self._url = make_url(self._own_url())
+        super().start()
 
     def _own_url(self) -> str:
         return f"{super()._own_url()}&port={self.port}"
@@ -209,7 +218,6 @@ class World:
         except Missing as missing:
             unavailable(str(missing))
         self.daemon = Platform(self.folder)
-        self.http, self.store = free_port(), free_port()
         self.python, self.first_uid = site_python()
         self._set_up()
 
@@ -220,6 +228,8 @@ class World:
         (bin_ / "python3").chmod(0o755)
         (self.folder / "wheels").mkdir()
         fetch_wheels(self.folder / "wheels", self.python)
+        self.postgres.start()
+        self.http, self.store = free_port(), free_port()
         nginx = self.folder / "var/nginx"
         for made in (nginx / "sites", nginx / "store"):
             made.mkdir(parents=True)
@@ -264,7 +274,6 @@ class World:
 
     def __enter__(self) -> Self:
         try:
-            self.postgres.start()
             self.daemon.start()
             until(lambda: self.page("nobody.example")[0] == 404)
             self.daemon.run("survey")

@@ -57,8 +57,17 @@ class Store:
 
     def beside(self) -> Store:
         """Another daemon on the same database; a second queue where only one is served."""
-        url = self.database.url.render_as_string(hide_password=False)
-        return Store(url if self.queue.shared else self.database, "other node")
+        if self.queue.shared:
+            return Store(self.database.url.render_as_string(hide_password=False), "other node")
+        other = Store(self.database, "other node")
+        for one in (self, other):
+            one._wait_long()
+        return other
+
+    def _wait_long(self) -> None:
+        """SQLite's lock has no line: of two queues that both want it always, one may starve."""
+        pragma = f"PRAGMA busy_timeout={60 * 1000}"
+        self.queue.act(lambda batch: batch.tx.cursor.execute(pragma).fetchall())
 
     def __enter__(self) -> Self:
         return self

@@ -23,6 +23,9 @@ from tests.daemons import ROOT, until
 from tests.deploy_world import EXAMPLE, FIRST_UID, PATIENCE_S, PLAIN, World
 from tests.test_docs import commands, fits
 
+#: Whichever test comes first makes the world, too.
+pytestmark = pytest.mark.timeout(300)
+
 BUILD = ["check out", "virtualenv", "install", "verify", "archive"]
 DEPLOY = ["download", "create user", "extract", "run"]
 #: The tasks of one build_and_deploy with both hooks.

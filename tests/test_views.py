@@ -251,13 +251,19 @@ def test_nothing_that_is_asked_often_reads_the_whole_table(store: Store) -> None
         "delayed": lambda: views.oldest_delayed(paused),
         "nodes": views.nodes,
     }
-    slow = {name: ms for name, act in asked.items() if (ms := least_ms(act)) > 12}
+    slow = {name: ms for name, act in asked.items() if (ms := least_ms(act)) > FEW_ROWS_MS}
     assert slow == {}
 
 
+#: Milliseconds that an answer from a few rows may take.
+FEW_ROWS_MS = 12
+
+
 def least_ms(act: Callable[[], object]) -> float:
-    spent = []
-    for _ in range(5):
+    """Of five, and when all were slow, of what 3 s hold: the machine may have been busy."""
+    spent: list[float] = []
+    over_s = time.monotonic() + 3
+    while len(spent) < 5 or (min(spent) > FEW_ROWS_MS and time.monotonic() < over_s):
         began = time.perf_counter()
         act()
         spent.append((time.perf_counter() - began) * 1000)
