@@ -146,7 +146,7 @@ class Store:
         rows = sa.select(*new.values()).where(job.c.id.between(first, first + k - 1))
         self.change(sa.insert(job).from_select(list(new), rows, include_defaults=False))
 
-    def change(self, statement: sa.Insert | sa.Update) -> None:
+    def change(self, statement: sa.Insert | sa.Update | sa.Delete) -> None:
         """Run a statement as the writer does."""
         value_of(self.queue.writer.run([Act(lambda batch: batch.tx.run(Sql(statement)))])[0])
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import sqlalchemy as sa
 
 from tests import stores
 from tests.stores import Store
 from tests.test_queue import counted, end, history, reborn, tallied
-from upq import nodes
+from upq import nodes, schema
 from upq.batch import Batch
 from upq.changes import Claim
 from upq.clauses import CHUNK
@@ -26,6 +27,14 @@ def test_a_beat_renews_only_our_claims(store: Store) -> None:
         assert store.row(ours.id).lease_until == before
     store.queue.beat()
     assert store.row(ours.id).lease_until > before
+
+
+def test_a_node_whose_row_is_gone_is_entered_again(store: Store) -> None:
+    store.change(sa.delete(schema.node))
+    store.queue.beat()
+    assert [row.id for row in store.fetch(sa.select(schema.node.c.id))] == [store.queue.owner]
+    store.queue.beat()
+    assert len(store.fetch(sa.select(schema.node.c.id))) == 1
 
 
 def test_jobs_of_the_dead_go_back_and_their_nodes_are_forgotten(url: str) -> None:

@@ -42,7 +42,8 @@ class Node(NamedTuple):
 
     def beat(self, batch: Batch) -> None:
         """Say that this daemon is alive, and renew its claims."""
-        batch.tx.run(st.BEAT_NODE, owner=self.owner, now=batch.now)
+        if not batch.tx.run(st.BEAT_NODE, owner=self.owner, now=batch.now):
+            self.enter(batch)  # an older state of the database is back, from a copy or a backup
         lease = batch.now + LEASE_S * 1_000_000
         batch.tx.run(st.BEAT_JOBS, owner=self.owner, lease=lease)
 
