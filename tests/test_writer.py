@@ -586,6 +586,26 @@ def test_an_end_whose_commit_broke_is_stored_once(
         assert store.queue.fenced == 0
 
 
+def test_an_outage_while_changes_are_stored_one_by_one_is_met_once(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+
+    def away() -> Any:
+        tried.append(1)
+        raise sqlite3.OperationalError("unable to open database file")
+
+    def cut(tx: Tx) -> None:
+        if not tx.alone:
+            raise Replay("one of these does not fit")
+        monkeypatch.setattr(bench.database, "raw", away)
+        raise sqlite3.OperationalError("disk I/O error")
+
+    changes = [Put(0, act=cut), *(Put(n) for n in range(1, 50))]
+    assert {type(one) for one in bench.writer.run(changes)} == {Unavailable}
+    assert len(tried) <= 1
+
+
 # The database is silent
 
 

@@ -221,8 +221,7 @@ class Writer:
 
     def _commit(self, batch: list[Ticket]) -> list[Applied]:
         """Commit the changes of these tickets. Raises Unavailable, Uncertain for all of them."""
-        if self.trouble and time.monotonic() - self._tried_s < PROBE_S:
-            raise Unavailable(self.trouble)
+        self._must_not_wait()
         changes = [change for ticket in batch for change in ticket.changes]
         applied: list[Applied] = []
         try:
@@ -241,6 +240,7 @@ class Writer:
     def _alone(self, change: Any, lasting: bool, applied: list[Applied]) -> Any:
         """One change by itself, so that a bad one never fails its neighbours."""
         try:
+            self._must_not_wait()
             applied.append(self._transaction([change], alone=True))
             return applied[-1].results[0]
         except Replay as error:
@@ -253,6 +253,11 @@ class Writer:
             if lasting:
                 self.post(change)
             return error
+
+    def _must_not_wait(self) -> None:
+        """Raise Unavailable while it is too early to ask again for a database that was away."""
+        if self.trouble and time.monotonic() - self._tried_s < PROBE_S:
+            raise Unavailable(self.trouble)
 
     def _post_instead(self, change: Any, error: Exception) -> None:
         instead = change.instead(error)
