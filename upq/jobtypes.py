@@ -500,7 +500,12 @@ class Rules:
         """Where a job stands among those that were claimed ahead for a pool."""
         if pool.by_weight or pool.ageing_s:
             return None
-        return lambda job: (pool.level(job.queue), job.rank, job.root, job.id)
+
+        def place(job: Job) -> tuple[Any, ...]:
+            level = pool.level(job.queue)  # None: claimed before a reload took its queue away
+            return level is None, level or 0, job.rank, job.root, job.id
+
+        return place
 
     def ahead_of(self, lane: Lane, lanes: Collection[Lane]) -> tuple[list[int], list[int]]:
         """Of these lanes, those whose jobs all go first, and those of the same level."""
