@@ -6,7 +6,7 @@ A change says how big it is, and what is to be done in its place should the data
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from upq.draws import Draw
@@ -99,6 +99,7 @@ class Finish:
             self.refused(error)
             return None
         if self.outcome.reason == UNSTORABLE:
-            return None
+            # Maybe it is for what follows.
+            return replace(self, then=None) if self.then is not None else None
         outcome = Outcome(FAILED, f"its end cannot be stored: {error}", reason=UNSTORABLE)
         return Finish(self.job, outcome, None, None, None, None, self.told)

@@ -194,9 +194,14 @@ class Queue:
     def close(self) -> None:
         """Give back the ids not used and this node's row. The last change of all."""
 
+        with self._ids_lock:
+            # A thread that does not end may want ids still: from here on those of a new block.
+            first, last = self._next_id, self._end_id
+            self._next_id = last
+
         def leave(batch: Batch) -> None:
             # With no block reserved this matches no row: no counter is below 0.
-            batch.tx.run(st.GIVE_BACK_IDS, first=self._next_id - 1, last=self._end_id - 1)
+            batch.tx.run(st.GIVE_BACK_IDS, first=first - 1, last=last - 1)
             forget(batch, [self.owner])
 
         self.act(leave)
