@@ -400,6 +400,7 @@ class Dispatcher:
         self._intake.access.must_admin(peer, "resume")
         queue = args.get("queue")
         if queue is None:
+            self._intake.refuse_if_stopping()
             self._claimer.drained = False
         else:
             self._queue.pause(queue, False)

@@ -127,10 +127,13 @@ class Intake:
             for job, (_, said) in zip(stored, prepared, strict=True)
         ], batch
 
-    def _gather(self, asked: protocol.Batch, members: list[NewJob], peer: Peer) -> Gather:
-        """What a batch is asked to be. Members get keys where the request as a whole has one."""
+    def refuse_if_stopping(self) -> None:
         if self.stopping:
             raise Stopping("the daemon is stopping; ask again when it is back")
+
+    def _gather(self, asked: protocol.Batch, members: list[NewJob], peer: Peer) -> Gather:
+        """What a batch is asked to be. Members get keys where the request as a whole has one."""
+        self.refuse_if_stopping()
         then, key = None, asked.key and f"{asked.id} {asked.key}"
         if asked.then is not None:
             then, _ = self._prepare_part(asked.then, peer, "then")
@@ -210,8 +213,7 @@ class Intake:
 
     def prepare(self, request: Request, peer: Peer) -> tuple[NewJob, str] | Ack:
         """A request as the job it asks for, with the words of its check(); or its answer."""
-        if self.stopping:
-            raise Stopping("the daemon is stopping; ask again when it is back")
+        self.refuse_if_stopping()
         kind = self._types.get(request.verb)
         if not self.access.may_submit(peer, kind.submitters):
             raise Denied(f"{peer.name} may not submit {kind.name}")
