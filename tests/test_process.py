@@ -18,9 +18,13 @@ import pytest
 
 from tests.daemons import Daemon, until
 from tests.servers import short_folder
-from upq import vault
+from upq import config, vault
+from upq.attempt import Report
 from upq.child import Lines
-from upq.process import LIVES_APART, MOST_APART_S, Pace, ending
+from upq.job import DONE
+from upq.jobtypes import JobTypes
+from upq.loader import Loader
+from upq.process import LIVES_APART, MOST_APART_S, Pace, Processes, ProcessJob, ending
 
 SECRET = "not-for-children"
 
@@ -148,6 +152,40 @@ def folder_of_its_own() -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder)
+
+
+class Shop:
+    """Job types of a folder, and the executor for them without a daemon."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "jobs").mkdir()
+        self.processes = Processes()
+
+    def offer(self, run: str = "pass", **settings: str) -> JobTypes:
+        """The one type `work`, with the body of its run() in one line."""
+        text = "import os, time\nfrom upq import UpqJob\n\nclass Work(UpqJob):\n"
+        (self.folder / "jobs/work.py").write_text(f"{text}    def run(self): {run}\n")
+        values = "".join(f"{key} = {value}\n" for key, value in settings.items())
+        file = self.folder / "upq.cfg"
+        file.write_text(f"[paths]\njobs_dir = jobs\n[job work]\nexecutor = process\n{values}")
+        return JobTypes(config.load(file))
+
+    def make(self, types: JobTypes) -> ProcessJob:
+        job = self.processes.make(types.get("work"), {}, None, {})
+        assert isinstance(job, ProcessJob)
+        job.token = 1
+        return job
+
+    def run(self, types: JobTypes) -> Report:
+        return self.processes.perform(types.get("work"), self.make(types))
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Iterator[Shop]:
+    shop = Shop(tmp_path)
+    yield shop
+    shop.processes.close()
 
 
 def test_the_class_sees_the_same_api(one: Daemon) -> None:
@@ -405,3 +443,10 @@ def test_progress_of_a_child_tells_no_secret(short_tmp: Path) -> None:
         daemon.end()
         stored = b"".join(one.read_bytes() for one in (folder / "state").iterdir())
         assert b"with ***" in stored and b"sesame" not in stored
+
+
+def test_a_reload_that_is_still_at_its_imports_fails_no_job(shop: Shop) -> None:
+    types = shop.offer("return 7")
+    Loader(shop.folder)  # as a reload begins: all modules are forgotten
+    report = shop.run(types)
+    assert (report.end, report.result) == (DONE, 7)
