@@ -19,12 +19,20 @@ import pytest
 from tests.daemons import Daemon, until
 from tests.servers import short_folder
 from upq import config, vault
-from upq.attempt import Report
+from upq.attempt import INTERRUPTED, Report
 from upq.child import Lines
 from upq.job import DONE
 from upq.jobtypes import JobTypes
 from upq.loader import Loader
-from upq.process import LIVES_APART, MOST_APART_S, Pace, Processes, ProcessJob, ending
+from upq.process import (
+    LIVES_APART,
+    MOST_APART_S,
+    Interpreter,
+    Pace,
+    Processes,
+    ProcessJob,
+    ending,
+)
 
 SECRET = "not-for-children"
 
@@ -450,3 +458,23 @@ def test_a_reload_that_is_still_at_its_imports_fails_no_job(shop: Shop) -> None:
     Loader(shop.folder)  # as a reload begins: all modules are forgotten
     report = shop.run(types)
     assert (report.end, report.result) == (DONE, 7)
+
+
+def test_a_cancel_does_not_write_to_a_child_that_is_buried(shop: Shop) -> None:
+    types = shop.offer("os._exit(1)")
+    job = shop.make(types)
+    asked = []
+
+    class Dying(Interpreter):
+        def ask_to_end(self, token: int) -> None:
+            asked.append(token)
+
+        def end(self, wait_s: float = 0.0) -> str:
+            ended = super().end(wait_s)
+            job.cancel()  # while others look for what the child has started
+            return ended
+
+    kind = types.get("work")
+    one = Dying(shop.processes._terms(kind), 0, None)
+    assert job.carry(one).end == INTERRUPTED
+    assert (one.is_over, job.ended_by, asked) == (True, "cancel", [])

@@ -220,6 +220,8 @@ class ProcessJob(UpqJob):
 
     def _lost(self, interpreter: Interpreter) -> Report:
         """The child has died, or may as well; also of what it was told to end by."""
+        with self._asking:  # its descriptors are closed, and the numbers go to others
+            self._interpreter = None
         ended = interpreter.end(STATUS_S)
         if self._asked_s < math.inf:
             return Report(INTERRUPTED)
