@@ -478,3 +478,32 @@ def test_a_cancel_does_not_write_to_a_child_that_is_buried(shop: Shop) -> None:
     one = Dying(shop.processes._terms(kind), 0, None)
     assert job.carry(one).end == INTERRUPTED
     assert (one.is_over, job.ended_by, asked) == (True, "cancel", [])
+
+
+def test_what_a_killed_daemons_job_has_started_is_gone_before_the_job_runs_again(
+    short_tmp: Path,
+) -> None:
+    body = """
+def run(self):
+    import subprocess
+    file = FOLDER / "program"
+    if file.exists():
+        try:
+            state = Path(f"/proc/{file.read_text()}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            state = "?"
+        return {"state": state}
+    program = subprocess.Popen(["sh", "-c", "trap '' TERM; echo; while :; do sleep 1; done"],
+                               stdout=subprocess.PIPE, start_new_session=True)
+    program.stdout.readline()
+    file.write_text(str(program.pid))
+    note("started")
+    gate("never")
+"""
+    config = "[job starts]\nexecutor = process\n"
+    with Daemon(short_tmp, config, starts=body) as daemon:
+        id = daemon.submit("starts")
+        daemon.until_noted("started")
+        daemon.restart()
+        job = daemon.wait(id)
+        assert (job["state"], job["result"]["state"] in "ZX?") == ("done", True)

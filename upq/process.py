@@ -31,7 +31,7 @@ from upq.jobtypes import JobType
 from upq.keeper import ASK_S, GRACE_S
 from upq.plugins import Child, Desk, UpqJob
 from upq.secret import scrub
-from upq.trees import TOKEN, Lifeline, end_orphans
+from upq.trees import CHILD_TOKEN, Lifeline, end_orphans
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class Interpreter:
             for name, value in os.environ.items()
             if name in PASSED or name.startswith("LC_")
         }
-        return {"PATH": os.defpath, **passed, TOKEN: str(self._token)}
+        return {"PATH": os.defpath, **passed, CHILD_TOKEN: str(self._token)}
 
     @property
     def is_alive(self) -> bool:
