@@ -7,23 +7,26 @@ import itertools
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.daemons import Daemon, until
+from tests.daemons import PATIENCE_S, Daemon, until
 from tests.servers import short_folder
 from upq import config, vault
 from upq.attempt import INTERRUPTED, Report
 from upq.child import Lines
-from upq.job import DONE
+from upq.job import CANCELLED, DONE
 from upq.jobtypes import JobTypes
 from upq.loader import Loader
+from upq.pipes import closing
 from upq.process import (
     LIVES_APART,
     MOST_APART_S,
@@ -507,3 +510,44 @@ def run(self):
         daemon.restart()
         job = daemon.wait(id)
         assert (job["state"], job["result"]["state"] in "ZX?") == ("done", True)
+
+
+@pytest.mark.parametrize("at_work", [True, False])
+def test_a_child_that_cannot_be_killed_holds_up_nobody(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, at_work: bool
+) -> None:
+    types, processes = shop.offer("return os.getpid()"), shop.processes
+    pid = shop.run(types).result
+    os.kill(pid, signal.SIGSTOP)
+    until(lambda: _state(pid) == "T")
+    reports = []
+
+    def see_it_end() -> None:
+        if at_work:
+            job = shop.make(types)
+            job.grace_s = 0.0
+            job.cancel()
+            reports.append(processes.perform(types.get("work"), job).end)
+        else:
+            processes.renew()
+            monkeypatch.setattr("upq.process.LEAVE_S", 0)
+        for _ in range(3):
+            processes.tidy()
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr("upq.process.subprocess.Popen.kill", lambda process: None)
+            patch.setattr("upq.process.end_orphans", lambda tokens, grace_s: 0)
+            thread = threading.Thread(target=see_it_end, daemon=True)
+            thread.start()
+            until(lambda: not thread.is_alive())
+        assert reports == [CANCELLED] * at_work
+        assert [record.message for record in caplog.records] == [f"process {pid} cannot be killed"]
+        assert [one.is_over for one in processes._leaving] == [False]
+        left = os.pidfd_open(pid)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+    with closing(left):
+        assert select.select([left], [], [], PATIENCE_S)[0]
+    processes.tidy()
+    assert processes._leaving == []

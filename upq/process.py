@@ -31,7 +31,7 @@ from upq.jobtypes import JobType
 from upq.keeper import ASK_S, GRACE_S
 from upq.plugins import Child, Desk, UpqJob
 from upq.secret import scrub
-from upq.trees import CHILD_TOKEN, Lifeline, end_orphans
+from upq.trees import CHILD_TOKEN, KILL_WAIT_S, Lifeline, end_orphans
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +61,9 @@ class Interpreter:
         self.since_s = time.monotonic()
         #: True once it is dead and buried.
         self.is_over = False
+        #: True once KILL has not ended it in time, as what hangs in the kernel.
+        self.is_stuck = False
+        self._killed_s = math.inf
         # Not a claim's: what it starts carries this, too, and is found by it.
         self._token = int.from_bytes(os.urandom(8), "big") >> 1
         with contextlib.ExitStack() as held:
@@ -132,15 +135,32 @@ class Interpreter:
         self.since_s = time.monotonic()
         self._control.close()
 
-    def bury(self, wait_s: float = 0.0) -> str:
-        """See that it is gone; says how it had ended, if it did so within `wait_s`."""
-        self.is_over = True
+    def await_end(self, wait_s: float) -> str:
+        """How it has ended; "" when it has not within `wait_s`."""
         try:
-            ended = ending(self._process.wait(wait_s))
+            return ending(self._process.wait(max(wait_s, 0)))
         except subprocess.TimeoutExpired:
+            return ""
+
+    def kill(self) -> None:
+        self._killed_s = min(self._killed_s, time.monotonic())
+        self._process.kill()
+
+    def bury(self, wait_s: float = 0.0) -> str:
+        """See that it is gone; says how it had ended, if it did so within `wait_s`.
+
+        What KILL does not end within KILL_WAIT_S becomes `is_stuck`, to be buried another time.
+        """
+        ended = self.await_end(wait_s)
+        if not ended:
+            self.kill()
+            if not self.await_end(self._killed_s + KILL_WAIT_S - time.monotonic()):
+                if not self.is_stuck:
+                    log.error("process %d cannot be killed", self._process.pid)
+                self.is_stuck = True
+                return "cannot be killed"
             ended = "was killed"
-            self._process.kill()
-            self._process.wait()
+        self.is_over = True
         self._held.close()
         return ended
 
@@ -384,17 +404,28 @@ class Processes:
                 self._idle[name] = [one for one in idle if now_s - one.since_s < IDLE_S]
                 self._dismiss([one for one in idle if now_s - one.since_s >= IDLE_S])
             gone = [
-                one for one in self._leaving if not one.is_alive or now_s - one.since_s >= LEAVE_S
+                one
+                for one in self._leaving
+                if not one.is_alive or (now_s - one.since_s >= LEAVE_S and not one.is_stuck)
             ]
             self._leaving = [one for one in self._leaving if one not in gone]
-        for one in gone:
-            one.bury()
+        self._bury(gone)
 
     def close(self) -> None:
         self.renew()
-        over_s = time.monotonic() + LEAVE_S
-        for one in self._leaving:
-            one.bury(max(over_s - time.monotonic(), 0))
+        gone, self._leaving = self._leaving, []
+        self._bury(gone, LEAVE_S)
+
+    def _bury(self, ones: list[Interpreter], wait_s: float = 0.0) -> None:
+        """All of them in the time that one may take; who is stuck stays among those that leave."""
+        over_s = time.monotonic() + wait_s
+        for one in ones:
+            if not one.await_end(over_s - time.monotonic()):
+                one.kill()
+        for one in ones:
+            one.bury()
+        with self._lock:
+            self._leaving += [one for one in ones if one.is_stuck and not one.is_over]
 
     def _find(self, kind: JobType, plugin: UpqJob) -> Interpreter | None:
         """A child for this job, in time; None when the job is to end before there is one."""
@@ -430,6 +461,10 @@ class Processes:
 
     def _take_back(self, kind: JobType, one: Interpreter, spoilt: bool) -> None:
         if one.is_over:
+            return
+        if one.is_stuck:
+            with self._lock:
+                self._leaving.append(one)
             return
         one.jobs += 1
         one.since_s = time.monotonic()
