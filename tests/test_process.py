@@ -478,7 +478,7 @@ def test_a_cancel_does_not_write_to_a_child_that_is_buried(shop: Shop) -> None:
             return ended
 
     kind = types.get("work")
-    one = Dying(shop.processes._terms(kind), 0, None)
+    one = Dying(kind, shop.processes._terms(kind), 0, None)
     assert job.carry(one).end == INTERRUPTED
     assert (one.is_over, job.ended_by, asked) == (True, "cancel", [])
 
@@ -551,3 +551,14 @@ def test_a_child_that_cannot_be_killed_holds_up_nobody(
         assert select.select([left], [], [], PATIENCE_S)[0]
     processes.tidy()
     assert processes._leaving == []
+
+
+def test_a_child_with_the_settings_before_a_reload_gets_no_job_after_it(shop: Shop) -> None:
+    run = 'return [self.jobcfg["colour"], os.getpid()]'
+    old = shop.offer(run, colour="green")
+    before = shop.make(old)
+    new = shop.offer(run, colour="red")  # the reload comes when the job has its type already
+    shop.processes.renew()
+    assert shop.processes.perform(old.get("work"), before).result[0] == "green"
+    first, second = (shop.run(new).result for _ in range(2))
+    assert first[0] == "red" and first == second

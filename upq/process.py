@@ -53,9 +53,13 @@ _START = "import sys; sys.path.insert(0, sys.argv[1]); from upq.child import mai
 class Interpreter:
     """One child process and the way to talk to it. Raises OSError when it cannot be started."""
 
-    def __init__(self, terms: dict[str, Any], age: int, lifeline: Lifeline | None) -> None:
+    def __init__(
+        self, kind: JobType, terms: dict[str, Any], age: int, lifeline: Lifeline | None
+    ) -> None:
         self.jobs = 0
-        #: Which reading of the configuration it knows.
+        #: Whose jobs it runs; never those of the same type as a later reload has made it.
+        self.kind = kind
+        #: How often the configuration was read when it was made; `kind` may be of earlier.
         self.age = age
         #: When it last became idle, or was told to leave; by time.monotonic.
         self.since_s = time.monotonic()
@@ -435,7 +439,7 @@ class Processes:
             pace = self._paces.get(kind.name)
             wait_s = pace.take(time.monotonic()) if pace is not None else 0.0
             if not wait_s:
-                return Interpreter(self._terms(kind), self._age, self._lifeline)
+                return Interpreter(kind, self._terms(kind), self._age, self._lifeline)
             if plugin.cancel_event.wait(min(wait_s, LOOK_S)):
                 return None
 
@@ -454,9 +458,9 @@ class Processes:
             idle = self._idle.setdefault(kind.name, [])
             while idle:
                 one = idle.pop()
-                if one.is_alive:
+                if one.kind is kind and one.is_alive:
                     return one
-                self._leaving.append(one)
+                self._dismiss([one])
         return None
 
     def _take_back(self, kind: JobType, one: Interpreter, spoilt: bool) -> None:
