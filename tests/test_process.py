@@ -562,3 +562,36 @@ def test_a_child_with_the_settings_before_a_reload_gets_no_job_after_it(shop: Sh
     assert shop.processes.perform(old.get("work"), before).result[0] == "green"
     first, second = (shop.run(new).result for _ in range(2))
     assert first[0] == "red" and first == second
+
+
+def test_a_timeout_may_be_longer_than_poll_can_wait(shop: Shop) -> None:
+    types = shop.offer("time.sleep(0.1); return 7")
+    job = shop.make(types)
+    job.timeout_s = 30 * 86400.0
+    report = shop.processes.perform(types.get("work"), job)
+    assert (report.end, report.result) == (DONE, 7)
+
+
+def fds_and_children() -> tuple[int, set[str]]:
+    children = Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text()
+    return len(os.listdir("/proc/self/fd")), set(children.split())
+
+
+def test_a_conversation_that_fails_leaves_no_child_and_no_descriptor(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    types = shop.offer("print(7)")
+    shop.processes.perform(types.get("work"), shop.make(types))
+    shop.processes.close()
+    fds, children = fds_and_children()
+
+    def fail(*args: object) -> None:
+        raise RuntimeError
+
+    for place in ("ProcessJob._heed", "Lines.send"):
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+            patch.setattr(f"upq.process.{place}", fail)
+            shop.run(types)
+        now_fds, now_children = fds_and_children()
+        # Fewer, when something of another test goes meanwhile.
+        assert now_fds <= fds and now_children <= children

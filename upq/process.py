@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 IDLE_S = 60.0
 #: Seconds that a child may take to read what it is sent, and to leave when it is told so.
 SEND_S, LEAVE_S = 10, 5
+#: Seconds that are waited for a child's words at a time: poll() takes 24 days at most.
+MOST_S = 86400.0
 #: Seconds for a dead child's exit status to arrive.
 STATUS_S = 1.0
 #: Where children die of their first job the next starts so many of their lives later, then twice as
@@ -103,7 +105,11 @@ class Interpreter:
             for fd in (self._near, self._wake, self._exit):
                 self._poll.register(fd, select.POLLIN)
             self._held = held.pop_all()
-        self.lines.send(terms)
+        try:
+            self.lines.send(terms)
+        except BaseException:
+            self.end()
+            raise
 
     def _environment(self) -> dict[str, str]:
         passed = {
@@ -119,7 +125,7 @@ class Interpreter:
 
     def listen(self, wait_s: float) -> bool:
         """Wait for its words, or to be woken; False when it says no more."""
-        wait_ms = None if wait_s == math.inf else math.ceil(max(wait_s, 0) * 1000)
+        wait_ms = None if wait_s == math.inf else math.ceil(min(max(wait_s, 0), MOST_S) * 1000)
         ready = {fd for fd, _ in self._poll.poll(wait_ms)}
         if self._wake in ready:
             os.eventfd_read(self._wake)
@@ -385,7 +391,12 @@ class Processes:
             return Report(AWAY, f"no child process: {error}")
         if interpreter is None:
             return judged(plugin, Report(INTERRUPTED))
-        report = plugin.carry(interpreter)
+        try:
+            report = plugin.carry(interpreter)
+        except BaseException:
+            interpreter.end()
+            self._take_back(kind, interpreter, spoilt=True)
+            raise
         if report.end != CRASHED:
             self._paces.pop(kind.name, None)
         elif not interpreter.jobs:
