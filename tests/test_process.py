@@ -7,20 +7,35 @@ import itertools
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.daemons import Daemon, until
+from tests.daemons import PATIENCE_S, Daemon, until
 from tests.servers import short_folder
-from upq import vault
+from upq import config, vault
+from upq.attempt import INTERRUPTED, Report
 from upq.child import Lines
-from upq.process import LIVES_APART, MOST_APART_S, Pace, ending
+from upq.job import CANCELLED, DONE
+from upq.jobtypes import JobTypes
+from upq.loader import Loader
+from upq.pipes import closing
+from upq.process import (
+    LIVES_APART,
+    MOST_APART_S,
+    Interpreter,
+    Pace,
+    Processes,
+    ProcessJob,
+    ending,
+)
 
 SECRET = "not-for-children"
 
@@ -148,6 +163,40 @@ def folder_of_its_own() -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder)
+
+
+class Shop:
+    """Job types of a folder, and the executor for them without a daemon."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "jobs").mkdir()
+        self.processes = Processes()
+
+    def offer(self, run: str = "pass", **settings: str) -> JobTypes:
+        """The one type `work`, with the body of its run() in one line."""
+        text = "import os, time\nfrom upq import UpqJob\n\nclass Work(UpqJob):\n"
+        (self.folder / "jobs/work.py").write_text(f"{text}    def run(self): {run}\n")
+        values = "".join(f"{key} = {value}\n" for key, value in settings.items())
+        file = self.folder / "upq.cfg"
+        file.write_text(f"[paths]\njobs_dir = jobs\n[job work]\nexecutor = process\n{values}")
+        return JobTypes(config.load(file))
+
+    def make(self, types: JobTypes) -> ProcessJob:
+        job = self.processes.make(types.get("work"), {}, None, {})
+        assert isinstance(job, ProcessJob)
+        job.token = 1
+        return job
+
+    def run(self, types: JobTypes) -> Report:
+        return self.processes.perform(types.get("work"), self.make(types))
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Iterator[Shop]:
+    shop = Shop(tmp_path)
+    yield shop
+    shop.processes.close()
 
 
 def test_the_class_sees_the_same_api(one: Daemon) -> None:
@@ -405,3 +454,144 @@ def test_progress_of_a_child_tells_no_secret(short_tmp: Path) -> None:
         daemon.end()
         stored = b"".join(one.read_bytes() for one in (folder / "state").iterdir())
         assert b"with ***" in stored and b"sesame" not in stored
+
+
+def test_a_reload_that_is_still_at_its_imports_fails_no_job(shop: Shop) -> None:
+    types = shop.offer("return 7")
+    Loader(shop.folder)  # as a reload begins: all modules are forgotten
+    report = shop.run(types)
+    assert (report.end, report.result) == (DONE, 7)
+
+
+def test_a_cancel_does_not_write_to_a_child_that_is_buried(shop: Shop) -> None:
+    types = shop.offer("os._exit(1)")
+    job = shop.make(types)
+    asked = []
+
+    class Dying(Interpreter):
+        def ask_to_end(self, token: int) -> None:
+            asked.append(token)
+
+        def end(self, wait_s: float = 0.0) -> str:
+            ended = super().end(wait_s)
+            job.cancel()  # while others look for what the child has started
+            return ended
+
+    kind = types.get("work")
+    one = Dying(kind, shop.processes._terms(kind), 0, None)
+    assert job.carry(one).end == INTERRUPTED
+    assert (one.is_over, job.ended_by, asked) == (True, "cancel", [])
+
+
+def test_what_a_killed_daemons_job_has_started_is_gone_before_the_job_runs_again(
+    short_tmp: Path,
+) -> None:
+    body = """
+def run(self):
+    import subprocess
+    file = FOLDER / "program"
+    if file.exists():
+        try:
+            state = Path(f"/proc/{file.read_text()}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            state = "?"
+        return {"state": state}
+    program = subprocess.Popen(["sh", "-c", "trap '' TERM; echo; while :; do sleep 1; done"],
+                               stdout=subprocess.PIPE, start_new_session=True)
+    program.stdout.readline()
+    file.write_text(str(program.pid))
+    note("started")
+    gate("never")
+"""
+    config = "[job starts]\nexecutor = process\n"
+    with Daemon(short_tmp, config, starts=body) as daemon:
+        id = daemon.submit("starts")
+        daemon.until_noted("started")
+        daemon.restart()
+        job = daemon.wait(id)
+        assert (job["state"], job["result"]["state"] in "ZX?") == ("done", True)
+
+
+@pytest.mark.parametrize("at_work", [True, False])
+def test_a_child_that_cannot_be_killed_holds_up_nobody(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, at_work: bool
+) -> None:
+    types, processes = shop.offer("return os.getpid()"), shop.processes
+    pid = shop.run(types).result
+    os.kill(pid, signal.SIGSTOP)
+    until(lambda: _state(pid) == "T")
+    reports = []
+
+    def see_it_end() -> None:
+        if at_work:
+            job = shop.make(types)
+            job.grace_s = 0.0
+            job.cancel()
+            reports.append(processes.perform(types.get("work"), job).end)
+        else:
+            processes.renew()
+            monkeypatch.setattr("upq.process.LEAVE_S", 0)
+        for _ in range(3):
+            processes.tidy()
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr("upq.process.subprocess.Popen.kill", lambda process: None)
+            patch.setattr("upq.process.end_orphans", lambda tokens, grace_s: 0)
+            thread = threading.Thread(target=see_it_end, daemon=True)
+            thread.start()
+            until(lambda: not thread.is_alive())
+        assert reports == [CANCELLED] * at_work
+        assert [record.message for record in caplog.records] == [f"process {pid} cannot be killed"]
+        assert [one.is_over for one in processes._leaving] == [False]
+        left = os.pidfd_open(pid)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+    with closing(left):
+        assert select.select([left], [], [], PATIENCE_S)[0]
+    processes.tidy()
+    assert processes._leaving == []
+
+
+def test_a_child_with_the_settings_before_a_reload_gets_no_job_after_it(shop: Shop) -> None:
+    run = 'return [self.jobcfg["colour"], os.getpid()]'
+    old = shop.offer(run, colour="green")
+    before = shop.make(old)
+    new = shop.offer(run, colour="red")  # the reload comes when the job has its type already
+    shop.processes.renew()
+    assert shop.processes.perform(old.get("work"), before).result[0] == "green"
+    first, second = (shop.run(new).result for _ in range(2))
+    assert first[0] == "red" and first == second
+
+
+def test_a_timeout_may_be_longer_than_poll_can_wait(shop: Shop) -> None:
+    types = shop.offer("time.sleep(0.1); return 7")
+    job = shop.make(types)
+    job.timeout_s = 30 * 86400.0
+    report = shop.processes.perform(types.get("work"), job)
+    assert (report.end, report.result) == (DONE, 7)
+
+
+def fds_and_children() -> tuple[int, set[str]]:
+    children = Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text()
+    return len(os.listdir("/proc/self/fd")), set(children.split())
+
+
+def test_a_conversation_that_fails_leaves_no_child_and_no_descriptor(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    types = shop.offer("print(7)")
+    shop.processes.perform(types.get("work"), shop.make(types))
+    shop.processes.close()
+    fds, children = fds_and_children()
+
+    def fail(*args: object) -> None:
+        raise RuntimeError
+
+    for place in ("ProcessJob._heed", "Lines.send"):
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+            patch.setattr(f"upq.process.{place}", fail)
+            shop.run(types)
+        now_fds, now_children = fds_and_children()
+        # Fewer, when something of another test goes meanwhile.
+        assert now_fds <= fds and now_children <= children

@@ -28,6 +28,7 @@ from upq.keeper import Keeper
 from upq.loader import Loader, blame
 from upq.output import Clipped
 from upq.plugins import UpqJob, follow_up, wait_for
+from upq.trees import TOKEN
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -284,6 +285,7 @@ class Worker:
 
     def run(self, asked: dict[str, Any]) -> dict[str, Any]:
         """One attempt: its report, as a message."""
+        os.environ[TOKEN] = str(asked["token"])
         file = Path(self._terms["jobs_dir"], f"{self._terms['type']}.py")
         try:
             job = self._make(asked)

@@ -67,6 +67,8 @@ class JobType:
     limited: bool = False
     #: How it is told of, if not by each failure.
     rules: health.Rules | None = None
+    #: Where faults of its class are looked for.
+    file: Path = Path()
 
     @property
     def queue(self) -> str:
@@ -76,12 +78,6 @@ class JobType:
     def queue_for(self, params: Mapping[str, Any]) -> str:
         """The queue of a job. Raises BadParams."""
         return queue_of(self.cfg.queue, params) if self.cfg.queue else self.name
-
-    @cached_property
-    def file(self) -> Path:
-        """Where faults of its class are looked for."""
-        module = sys.modules.get(self.cls.__module__) if self.cls else None
-        return Path(getattr(module, "__file__", None) or self.name)
 
     @cached_property
     def checks(self) -> bool:
@@ -347,6 +343,7 @@ class JobTypes:
             tuple(secret_settings({k: v for k, v in jobcfg.items() if k not in self._paths})),
             limited=limited,
             rules=rules_of(cfg),
+            file=file_of(cls, name),
         )
 
     def loose(self) -> list[str]:
@@ -557,6 +554,12 @@ def rules_of(cfg: JobSettings) -> health.Rules | None:
     if cfg.notify_after == 1 and not (every or age or silence):
         return None
     return health.Rules(cfg.name, cfg.notify_fail, cfg.notify_after, every, age, silence)
+
+
+def file_of(cls: type[UpqJob] | None, name: str) -> Path:
+    """To be asked before a reload forgets the modules."""
+    module = sys.modules.get(cls.__module__) if cls else None
+    return Path(getattr(module, "__file__", None) or name)
 
 
 def webhook_variables(webhook: Webhook) -> dict[str, str]:

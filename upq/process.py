@@ -31,7 +31,7 @@ from upq.jobtypes import JobType
 from upq.keeper import ASK_S, GRACE_S
 from upq.plugins import Child, Desk, UpqJob
 from upq.secret import scrub
-from upq.trees import TOKEN, Lifeline, end_orphans
+from upq.trees import CHILD_TOKEN, KILL_WAIT_S, Lifeline, end_orphans
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 IDLE_S = 60.0
 #: Seconds that a child may take to read what it is sent, and to leave when it is told so.
 SEND_S, LEAVE_S = 10, 5
+#: Seconds that are waited for a child's words at a time: poll() takes 24 days at most.
+MOST_S = 86400.0
 #: Seconds for a dead child's exit status to arrive.
 STATUS_S = 1.0
 #: Where children die of their first job the next starts so many of their lives later, then twice as
@@ -53,14 +55,21 @@ _START = "import sys; sys.path.insert(0, sys.argv[1]); from upq.child import mai
 class Interpreter:
     """One child process and the way to talk to it. Raises OSError when it cannot be started."""
 
-    def __init__(self, terms: dict[str, Any], age: int, lifeline: Lifeline | None) -> None:
+    def __init__(
+        self, kind: JobType, terms: dict[str, Any], age: int, lifeline: Lifeline | None
+    ) -> None:
         self.jobs = 0
-        #: Which reading of the configuration it knows.
+        #: Whose jobs it runs; never those of the same type as a later reload has made it.
+        self.kind = kind
+        #: How often the configuration was read when it was made; `kind` may be of earlier.
         self.age = age
         #: When it last became idle, or was told to leave; by time.monotonic.
         self.since_s = time.monotonic()
         #: True once it is dead and buried.
         self.is_over = False
+        #: True once KILL has not ended it in time, as what hangs in the kernel.
+        self.is_stuck = False
+        self._killed_s = math.inf
         # Not a claim's: what it starts carries this, too, and is found by it.
         self._token = int.from_bytes(os.urandom(8), "big") >> 1
         with contextlib.ExitStack() as held:
@@ -96,7 +105,11 @@ class Interpreter:
             for fd in (self._near, self._wake, self._exit):
                 self._poll.register(fd, select.POLLIN)
             self._held = held.pop_all()
-        self.lines.send(terms)
+        try:
+            self.lines.send(terms)
+        except BaseException:
+            self.end()
+            raise
 
     def _environment(self) -> dict[str, str]:
         passed = {
@@ -104,7 +117,7 @@ class Interpreter:
             for name, value in os.environ.items()
             if name in PASSED or name.startswith("LC_")
         }
-        return {"PATH": os.defpath, **passed, TOKEN: str(self._token)}
+        return {"PATH": os.defpath, **passed, CHILD_TOKEN: str(self._token)}
 
     @property
     def is_alive(self) -> bool:
@@ -112,7 +125,7 @@ class Interpreter:
 
     def listen(self, wait_s: float) -> bool:
         """Wait for its words, or to be woken; False when it says no more."""
-        wait_ms = None if wait_s == math.inf else math.ceil(max(wait_s, 0) * 1000)
+        wait_ms = None if wait_s == math.inf else math.ceil(min(max(wait_s, 0), MOST_S) * 1000)
         ready = {fd for fd, _ in self._poll.poll(wait_ms)}
         if self._wake in ready:
             os.eventfd_read(self._wake)
@@ -132,15 +145,32 @@ class Interpreter:
         self.since_s = time.monotonic()
         self._control.close()
 
-    def bury(self, wait_s: float = 0.0) -> str:
-        """See that it is gone; says how it had ended, if it did so within `wait_s`."""
-        self.is_over = True
+    def await_end(self, wait_s: float) -> str:
+        """How it has ended; "" when it has not within `wait_s`."""
         try:
-            ended = ending(self._process.wait(wait_s))
+            return ending(self._process.wait(max(wait_s, 0)))
         except subprocess.TimeoutExpired:
+            return ""
+
+    def kill(self) -> None:
+        self._killed_s = min(self._killed_s, time.monotonic())
+        self._process.kill()
+
+    def bury(self, wait_s: float = 0.0) -> str:
+        """See that it is gone; says how it had ended, if it did so within `wait_s`.
+
+        What KILL does not end within KILL_WAIT_S becomes `is_stuck`, to be buried another time.
+        """
+        ended = self.await_end(wait_s)
+        if not ended:
+            self.kill()
+            if not self.await_end(self._killed_s + KILL_WAIT_S - time.monotonic()):
+                if not self.is_stuck:
+                    log.error("process %d cannot be killed", self._process.pid)
+                self.is_stuck = True
+                return "cannot be killed"
             ended = "was killed"
-            self._process.kill()
-            self._process.wait()
+        self.is_over = True
         self._held.close()
         return ended
 
@@ -220,6 +250,8 @@ class ProcessJob(UpqJob):
 
     def _lost(self, interpreter: Interpreter) -> Report:
         """The child has died, or may as well; also of what it was told to end by."""
+        with self._asking:  # its descriptors are closed, and the numbers go to others
+            self._interpreter = None
         ended = interpreter.end(STATUS_S)
         if self._asked_s < math.inf:
             return Report(INTERRUPTED)
@@ -359,7 +391,12 @@ class Processes:
             return Report(AWAY, f"no child process: {error}")
         if interpreter is None:
             return judged(plugin, Report(INTERRUPTED))
-        report = plugin.carry(interpreter)
+        try:
+            report = plugin.carry(interpreter)
+        except BaseException:
+            interpreter.end()
+            self._take_back(kind, interpreter, spoilt=True)
+            raise
         if report.end != CRASHED:
             self._paces.pop(kind.name, None)
         elif not interpreter.jobs:
@@ -382,17 +419,28 @@ class Processes:
                 self._idle[name] = [one for one in idle if now_s - one.since_s < IDLE_S]
                 self._dismiss([one for one in idle if now_s - one.since_s >= IDLE_S])
             gone = [
-                one for one in self._leaving if not one.is_alive or now_s - one.since_s >= LEAVE_S
+                one
+                for one in self._leaving
+                if not one.is_alive or (now_s - one.since_s >= LEAVE_S and not one.is_stuck)
             ]
             self._leaving = [one for one in self._leaving if one not in gone]
-        for one in gone:
-            one.bury()
+        self._bury(gone)
 
     def close(self) -> None:
         self.renew()
-        over_s = time.monotonic() + LEAVE_S
-        for one in self._leaving:
-            one.bury(max(over_s - time.monotonic(), 0))
+        gone, self._leaving = self._leaving, []
+        self._bury(gone, LEAVE_S)
+
+    def _bury(self, ones: list[Interpreter], wait_s: float = 0.0) -> None:
+        """All of them in the time that one may take; who is stuck stays among those that leave."""
+        over_s = time.monotonic() + wait_s
+        for one in ones:
+            if not one.await_end(over_s - time.monotonic()):
+                one.kill()
+        for one in ones:
+            one.bury()
+        with self._lock:
+            self._leaving += [one for one in ones if one.is_stuck and not one.is_over]
 
     def _find(self, kind: JobType, plugin: UpqJob) -> Interpreter | None:
         """A child for this job, in time; None when the job is to end before there is one."""
@@ -402,7 +450,7 @@ class Processes:
             pace = self._paces.get(kind.name)
             wait_s = pace.take(time.monotonic()) if pace is not None else 0.0
             if not wait_s:
-                return Interpreter(self._terms(kind), self._age, self._lifeline)
+                return Interpreter(kind, self._terms(kind), self._age, self._lifeline)
             if plugin.cancel_event.wait(min(wait_s, LOOK_S)):
                 return None
 
@@ -421,13 +469,17 @@ class Processes:
             idle = self._idle.setdefault(kind.name, [])
             while idle:
                 one = idle.pop()
-                if one.is_alive:
+                if one.kind is kind and one.is_alive:
                     return one
-                self._leaving.append(one)
+                self._dismiss([one])
         return None
 
     def _take_back(self, kind: JobType, one: Interpreter, spoilt: bool) -> None:
         if one.is_over:
+            return
+        if one.is_stuck:
+            with self._lock:
+                self._leaving.append(one)
             return
         one.jobs += 1
         one.since_s = time.monotonic()

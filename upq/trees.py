@@ -1,7 +1,8 @@
 """The processes that a command has started, however far they have gone: found, signalled, ended.
 
 `Tree` knows those of one job; `end_orphans` ends what an earlier daemon left, and `Lifeline` what
-this one leaves when it dies. They carry the token of the claim in their environment.
+this one leaves when it dies. They carry the token of the claim in their environment, or that of
+the child process they come from, or both.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import IO, NamedTuple, cast
 
 #: The variable that tells which claim a process works for; its children inherit it.
 TOKEN = "UPQ_JOB_TOKEN"
+#: The same for a child process, which works for one claim after the other.
+CHILD_TOKEN = "UPQ_CHILD_TOKEN"
 #: From TERM to KILL.
 GRACE_S = 5.0
 #: How long a killed process may take to go.
@@ -48,7 +51,8 @@ class Tree:
 
     def __init__(self, tokens: Collection[int], leader: int = 0) -> None:
         """leader: a process that leads a session of its own and is not reaped yet; 0 for none."""
-        self._wanted = {f"{TOKEN}={token}".encode() for token in tokens}
+        names = TOKEN, CHILD_TOKEN
+        self._wanted = {f"{name}={token}".encode() for token in tokens for name in names}
         self._leader = leader
         self._known: set[int] = set()
 
