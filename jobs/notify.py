@@ -72,7 +72,7 @@ class Notify(UpqJob):
         return True
 
     @property
-    def timeout_s(self) -> float:
+    def mail_timeout_s(self) -> float:
         return duration(self.getcfg("mail_timeout_s", "10"))
 
     # Mail
@@ -99,7 +99,7 @@ class Notify(UpqJob):
         context = None if tls == "none" else ssl.create_default_context()
         connect = partial(smtplib.SMTP_SSL, context=context) if tls == "tls" else smtplib.SMTP
         where = (server.hostname, server.port or SMTP_PORT)
-        with closing(connect(*where, timeout=self.timeout_s)) as smtp:
+        with closing(connect(*where, timeout=self.mail_timeout_s)) as smtp:
             if tls == "starttls":
                 smtp.starttls(context=context)
             if user := self.getcfg("mail_user"):
@@ -147,7 +147,7 @@ class Notify(UpqJob):
 
     def send_local(self, path: str, line: str) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-            sender.settimeout(self.timeout_s)
+            sender.settimeout(self.mail_timeout_s)
             sender.connect(path)
             sender.send(line.encode())
 
@@ -156,7 +156,7 @@ class Notify(UpqJob):
         server = split(address)
         where = (server.hostname, server.port or SYSLOG_PORT)
         if server.scheme == "tcp":
-            with socket.create_connection(where, self.timeout_s) as sender:
+            with socket.create_connection(where, self.mail_timeout_s) as sender:
                 sender.sendall(line.encode() + b"\n")
             return
         family, *_, where = socket.getaddrinfo(*where, type=socket.SOCK_DGRAM)[0]

@@ -340,6 +340,19 @@ def test_systemd_hears_a_watchdog_and_a_reload(daemon: Daemon) -> None:
     daemon.until_heard("READY=1")
 
 
+def test_systemd_hears_the_watchdog_while_a_chore_takes_long(daemon: Daemon) -> None:
+    daemon.env["WATCHDOG_USEC"] = "200000"
+    hang = "def hang(*_):\n    note('chore')\n    gate('go')\n\n"
+    daemon.add_job("slow", f"from upq.queue import Queue\n\n{hang}Queue.tend_health = hang")
+    daemon.configure("[job slow]\n")
+    daemon.start()
+    daemon.until_noted("chore")
+    for _ in range(3):
+        daemon.listen_for_notices()
+        daemon.until_heard("WATCHDOG=1")
+    daemon.open_gate()
+
+
 def test_hup_takes_over_a_good_configuration_and_keeps_the_old_one_when_it_is_not(
     daemon: Daemon,
 ) -> None:

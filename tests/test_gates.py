@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from upq import when
-from upq.gates import LOOK_US, Free, Load, Window
+from tests.daemons import until
+from upq import gates, when
+from upq.gates import LOOK_US, Free, Load, Window, disk_sizes, watch_disks
 
 BERLIN = "Europe/Berlin"
 
@@ -94,13 +97,53 @@ def test_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Load(4).closed(0) == ("the load is 4.00, load_below = 4", LOOK_US)
 
 
-def test_free_space(tmp_path: Path) -> None:
-    assert Free.parse(f"{tmp_path} 1K").closed(0) is None
+@pytest.fixture
+def disks() -> Iterator[None]:
+    yield
+    watch_disks([])
+
+
+def test_free_space(tmp_path: Path, disks: None) -> None:
+    gone = f"{tmp_path}/gone"
+    watch_disks([str(tmp_path), gone])
+    until(lambda: Free.parse(f"{tmp_path} 1K").closed(0) is None)
     closed = Free(str(tmp_path), 1 << 60).closed(0)
     assert closed and closed.reason.startswith(f"disk {tmp_path}: ")
     assert closed.reason.endswith(" free, needs 1.049e+06T") and closed.until == LOOK_US
-    gone = Free.parse(f"{tmp_path}/gone 1K").closed(0)
-    assert gone and gone.reason == f"disk {tmp_path}/gone: No such file or directory"
+    why = (f"disk {gone}: No such file or directory", LOOK_US)
+    until(lambda: Free.parse(f"{gone} 1K").closed(0) == why)
+
+
+def test_a_disk_that_does_not_answer_keeps_its_own_gate_closed(
+    tmp_path: Path, disks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    statvfs, hangs, go = os.statvfs, threading.Event(), threading.Event()
+
+    def look(path: str) -> os.statvfs_result:
+        if path == hung and hangs.is_set():
+            go.wait(60)
+        return statvfs(tmp_path)
+
+    monkeypatch.setattr(os, "statvfs", look)
+    monkeypatch.setattr(gates, "LOOK_US", 20_000)
+    hung, well = f"{tmp_path}/hung", f"{tmp_path}/well"
+    closed = Free(hung, 1).closed
+    silent = (f"disk {hung} does not answer", 20_000)
+    watch_disks([hung, well])
+    until(lambda: closed(0) is None)
+    hangs.set()
+    monkeypatch.setattr(gates, "KNOWN_S", 0.5)
+    until(lambda: closed(0) == silent)
+    until(lambda: Free(well, 1).closed(0) is None)
+    assert hung not in disk_sizes([hung])
+    watch_disks([hung, well])
+    assert closed(0) == silent
+    assert sum(thread.name == f"disk {hung}" for thread in threading.enumerate()) == 1
+    go.set()
+    until(lambda: closed(0) is None)
+    watch_disks([well])
+    assert closed(0) == silent
+    until(lambda: not any(thread.name == f"disk {hung}" for thread in threading.enumerate()))
 
 
 def test_a_folder_may_have_spaces_in_its_name() -> None:

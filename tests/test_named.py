@@ -11,7 +11,7 @@ from textwrap import dedent
 import pytest
 import sqlalchemy as sa
 
-from tests.daemons import Daemon, until
+from tests.daemons import ROOT, Daemon, until
 from tests.servers import Postgres
 from tests.stores import Store
 from tests.test_shared import most_tokens, most_within, starts_us
@@ -214,7 +214,7 @@ def test_a_closed_gate_is_told_and_opens(folder: Path) -> None:
         opens = time.strftime("%Y-%m-%dT00:00:00", time.gmtime(time.time() + 3 * 86400))
         assert f"window {day} 00:00-24:00 UTC is closed until {opens}" in daemon.why(shut)
         why = "disk /gone/away: No such file or directory"
-        assert f": {why};" in daemon.why(full)
+        until(lambda: f": {why};" in daemon.why(full))
         assert "queue y is of pool y, which n1 does not serve" in daemon.why(other)
         reasons = {q["type"]: q["reason"] for q in daemon.ask("queues")["queues"]}
         assert reasons["full"] == "disk /gone/away: No such file or directory"
@@ -223,6 +223,45 @@ def test_a_closed_gate_is_told_and_opens(folder: Path) -> None:
         daemon.ask("reload")
         for id in (shut, full, other):
             daemon.wait(id)
+
+
+#: In the daemon's folder: a mount of that name hangs as long as there is such a file.
+HUNG = """
+import os
+import time
+from pathlib import Path
+
+statvfs, hung = os.statvfs, Path(__file__).with_name("hung")
+
+
+def look(path):
+    while path == "/mount" and hung.exists():
+        time.sleep(0.01)
+    return statvfs("/")
+
+
+os.statvfs = look
+"""
+
+
+def test_a_disk_that_hangs_holds_up_nobody_else(folder: Path) -> None:
+    config = "[job full]\nmin_free = /mount 1K\n[job note]\n"
+    daemon = Daemon(folder, config, full=NOTE, note=NOTE)
+    (folder / "sitecustomize.py").write_text(HUNG)
+    daemon.env["PYTHONPATH"] = f"{folder}:{ROOT}"
+    with daemon:
+        daemon.run("full n:1")
+        (folder / "hung").touch()
+        first, other = daemon.submit("full n:2"), daemon.submit("note n:3")
+        daemon.wait(other)
+        daemon.restart()
+        second = daemon.submit("full n:4")
+        assert ": disk /mount does not answer;" in daemon.why(second)
+        assert daemon.ask("reload")["reloaded"]
+        daemon.run("note n:5")
+        (folder / "hung").unlink()
+        for id in (first, second):
+            assert daemon.wait(id)["state"] == "done"
 
 
 # The figures

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
+import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.conftest import unavailable
 from tests.test_command import shell, text
 from upq.command import CommandJob, command_type
-from upq.spawn import OOM_SCORE, Limits
+from upq.spawn import OOM_SCORE, Limits, start
 
 
 def limited(script: str, *args: str, **limits: Any) -> CommandJob:
@@ -153,3 +157,37 @@ def test_a_timeout_ends_a_limited_command() -> None:
     assert done.run() is False
     assert done.msgstr == "timed out after 0.3 s"
     assert done.result == {"exit_code": -signal.SIGTERM}
+
+
+#: Holds a lease on a file, so that whoever opens it has to wait; tells when somebody does.
+HOLD = """
+import fcntl, os, signal, sys
+asked = lambda *_: print("asked", flush=True)
+signal.signal(signal.SIGIO, asked)
+fd = os.open(sys.argv[1], os.O_RDWR)
+fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+print("held", flush=True)
+signal.alarm(20)
+sys.stdin.read()
+"""
+
+
+def test_a_program_that_cannot_be_read_yet_holds_up_its_own_thread_only(tmp_path: Path) -> None:
+    program = shutil.copy("/bin/true", tmp_path)
+    pipe, started = subprocess.PIPE, threading.Event()
+
+    def begin() -> None:
+        start([program], Limits(), {}).wait()
+        started.set()
+
+    with subprocess.Popen([sys.executable, "-c", HOLD, program], stdin=pipe, stdout=pipe) as holder:
+        assert holder.stdout and holder.stdin
+        if holder.stdout.readline() != b"held\n":
+            unavailable("no leases on files of this folder")
+        thread = threading.Thread(target=begin, daemon=True)
+        thread.start()
+        assert holder.stdout.readline() == b"asked\n"
+        waits = not started.is_set() and holder.poll() is None
+        holder.stdin.close()
+        thread.join(30)
+    assert waits and started.is_set()

@@ -616,3 +616,23 @@ def test_by_default_a_submit_names_nobody(short_tmp: Path) -> None:
     with Daemon(short_tmp, "[job test]\n") as daemon:
         assert daemon.say("test @notify:mail:me@example.org").startswith("ERR denied ")
         daemon.end()
+
+
+@pytest.mark.parametrize("limit", ["", "timeout = 5m"])
+def test_a_step_of_a_mail_does_not_limit_a_notification(short_tmp: Path, limit: str) -> None:
+    server, port = answering(b"HTTP/1.1 200 OK\r\n", b"Content-Length: 0\r\n\r\n", pause_s=0.5)
+    config = (
+        f"[job work]\nnotify_fail = webhook:http://127.0.0.1:{port}\n[job notify]\n{limit}\n"
+        "[webhook]\nallow = 127.0.0.1\ntimeout = 5m\n[mail]\ntimeout = 0.1s\n"
+    )
+    daemon = Daemon(short_tmp, config, work="def run(self):\n    return False")
+    shutil.copy(JOBS_DIR / "notify.py", short_tmp / "jobs")
+    with server, daemon:
+        daemon.run("work")
+        (told,) = daemon.ask("jobs type:notify")["jobs"]
+        told = until(lambda: (job := daemon.job(told["id"]))["message"] and job)
+        assert (told["state"], told["message"]) == (
+            "done",
+            f"sent to webhook:http://127.0.0.1:{port}",
+        )
+        daemon.end()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 
 log = logging.getLogger(__name__)
 
 
 class Clock:
-    """What is done every so often. Time is handed in, in seconds that only grow."""
+    """What is done every so often. `now` tells seconds that only grow."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
         self._chores: list[tuple[str, float, Callable[[], object]]] = []
         self._due: dict[str, float] = {}
 
@@ -19,9 +21,10 @@ class Clock:
         """Have a chore done first after `seconds`, then every so often."""
         self._chores.append((name, seconds, chore))
 
-    def tick(self, now: float) -> float:
+    def tick(self) -> float:
         """Do what is due; returns the seconds until the next. A chore that fails is logged."""
         for name, seconds, chore in self._chores:
+            now = self._now()  # the one before may have taken long
             if now < self._due.setdefault(name, now + seconds):
                 continue
             self._due[name] = now + seconds
@@ -29,4 +32,5 @@ class Clock:
                 chore()
             except Exception as error:
                 log.warning("chore %s: %s", name, error)
+        now = self._now()
         return max(min(self._due.values(), default=now + 1.0) - now, 0.0)

@@ -19,6 +19,7 @@ from upq.access import unknown_principals
 from upq.declaration import declared
 from upq.errors import ConfigError
 from upq.followers import check_followers, check_handed_on
+from upq.gates import disk_sizes
 from upq.ini import Ini
 from upq.jobsection import read_job
 from upq.jobsettings import JobSettings
@@ -80,6 +81,7 @@ def _check_limits(
     pools: Mapping[str, PoolSettings], ini: Ini,
 ) -> None:  # fmt: skip
     """What can never be met, and names that stand for nothing."""
+    sizes = disk_sizes({one.path for job in jobs.values() for one in job.min_free})
     for job in jobs.values():
         section = f"job {job.name}"
         place = ini.place(section, "needs")
@@ -90,7 +92,7 @@ def _check_limits(
                 has = f"[tokens] {name} = {tokens[name]}"
                 ini.fault(place, f"needs: {name}:{n} can never be met, {has}")
         for one in job.min_free:
-            if fault := one.fault():
+            if one.path in sizes and (fault := one.fault(sizes[one.path])):
                 ini.fault(ini.place(section, "min_free"), f"min_free: {fault}")
     for name in node.pools or ():
         if name not in pools:

@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ class Daemon:
         self._wake_r, self._wake_w = os.pipe()
         os.set_blocking(self._wake_w, False)
         self.exit_status = 0
-        # When the watchdog's chore last woke the claimer.
+        # When the watchdog's thread last woke the claimer.
         self._woken_s = 0.0
         # Threads that store the ends of jobs which are given up.
         self._declaring: list[threading.Thread] = []
@@ -121,12 +122,12 @@ class Daemon:
         self._clock.every(TIDY_S, "tidy", self._runner.tidy)
         self._clock.every(PURGE_SLOTS_S, "slots", self._purge_slots)
         self._clock.every(HEALTH_S, "health", self._tend_health)
-        interval_s = systemd.watchdog_interval_s()
-        if interval_s is not None:
-            self._clock.every(interval_s, "watchdog", self._ping_watchdog)
         self._start_role("claimer", self._claimer.run)
         self._start_role("chores", self._tick)
         self._start_role("schedules", self._scheduler.run)
+        interval_s = systemd.watchdog_interval_s()
+        if interval_s is not None:
+            self._start_role("watchdog", partial(self._feed_watchdog, interval_s))
         self._lobby.start()
         for door in self._doors:
             door.start()
@@ -330,7 +331,7 @@ class Daemon:
             self.fail()
 
     def _tick(self) -> None:
-        while not self._stopped.wait(self._clock.tick(time.monotonic())):
+        while not self._stopped.wait(self._clock.tick()):
             pass
 
     def _purge(self) -> None:
@@ -341,6 +342,11 @@ class Daemon:
 
     def _tend_health(self) -> None:
         self._queue.tend_health(self._types.told_in_groups())
+
+    def _feed_watchdog(self, interval_s: float) -> None:
+        """Not a chore: chores wait for a database that may be slow."""
+        while not self._stopped.wait(interval_s):
+            self._ping_watchdog()
 
     def _ping_watchdog(self) -> None:
         """Tell systemd that we live: the claimer has come round since we woke it last, and clients

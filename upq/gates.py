@@ -5,16 +5,23 @@ Text that cannot be read raises ValueError with a sentence fit for a user.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Collection, Iterator, Sequence
 from datetime import date, datetime, time, timedelta, tzinfo
+from time import monotonic
 from typing import NamedTuple, Protocol
 
 from upq import when
 
 #: How often load and disks are looked at while they keep a gate closed.
 LOOK_US = 5_000_000
+#: Seconds that what was found of a disk is held true, while it does not answer.
+KNOWN_S = 15.0
+#: Seconds that somebody who reads a configuration waits for its disks.
+FIRST_S = 2.0
 
 _DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _SPAN = re.compile(r"([0-9]{1,2}):([0-9]{2})-([0-9]{1,2}):([0-9]{2})")
@@ -164,23 +171,20 @@ class Free(NamedTuple):
             raise ValueError(f"{text.strip()!r} is always so")
         return cls(path, needs_bytes)
 
-    def fault(self) -> str:
-        """Why it can never be met on this machine, as far as can be seen; else ""."""
-        try:
-            found = os.statvfs(self.path)
-        except OSError:
-            return ""
-        all_bytes = found.f_blocks * found.f_frsize
+    def fault(self, all_bytes: int) -> str:
+        """Why a file system of this size can never meet it; else ""."""
         if all_bytes >= self.needs_bytes:
             return ""
         needs, has = _short(self.needs_bytes), _short(all_bytes)
         return f"{self.path} can never have {needs} free: it has {has} in all"
 
     def closed(self, now: int) -> Closed | None:
-        try:
-            found = os.statvfs(self.path)
-        except OSError as error:
-            return Closed(f"disk {self.path}: {error.strerror}", now + LOOK_US)
+        disk = _disks.get(self.path)
+        found = disk.found() if disk else None
+        if found is None:
+            return Closed(f"disk {self.path} does not answer", now + LOOK_US)
+        if isinstance(found, OSError):
+            return Closed(f"disk {self.path}: {found.strerror}", now + LOOK_US)
         free_bytes = found.f_bavail * found.f_frsize
         if free_bytes >= self.needs_bytes:
             return None
@@ -188,6 +192,77 @@ class Free(NamedTuple):
             f"disk {self.path}: {_short(free_bytes)} free, needs {_short(self.needs_bytes)}",
             now + LOOK_US,
         )
+
+
+class Disk:
+    """The file system of a folder. A thread of its own looks at it: some mounts never answer."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        #: Set when it has answered for the first time.
+        self.answered = threading.Event()
+        # What was found last, and when by time.monotonic; replaced as a whole.
+        self._last: tuple[os.statvfs_result | OSError | None, float] = None, 0.0
+        self._left = threading.Event()
+        threading.Thread(target=self._run, name=f"disk {path}", daemon=True).start()
+
+    def found(self) -> os.statvfs_result | OSError | None:
+        """How it was at the last look; None when that is too long ago."""
+        found, at_s = self._last
+        return found if monotonic() - at_s < KNOWN_S else None
+
+    def leave(self) -> None:
+        """Look no more."""
+        self._left.set()
+
+    def _run(self) -> None:
+        while True:
+            found: os.statvfs_result | OSError
+            try:
+                found = os.statvfs(self.path)
+            except OSError as error:
+                found = error
+            self._last = found, monotonic()
+            self.answered.set()
+            if self._left.wait(LOOK_US / 1e6):
+                return
+
+
+# By folder; replaced as a whole. One that hangs stays from one configuration to the next.
+_disks: dict[str, Disk] = {}
+
+
+def watch_disks(paths: Collection[str]) -> None:
+    """Have the disks of these folders looked at from now on, and no others.
+
+    Waits a moment for their first answers; without one a gate is closed.
+    """
+    global _disks
+    old, _disks = _disks, {path: _disks.get(path) or Disk(path) for path in paths}
+    for path, disk in old.items():
+        if path not in _disks:
+            disk.leave()
+    over_s = monotonic() + FIRST_S
+    for disk in _disks.values():
+        disk.answered.wait(max(over_s - monotonic(), 0))
+
+
+def disk_sizes(paths: Collection[str]) -> dict[str, int]:
+    """How many bytes the file systems of these folders have in all, of those that answer soon."""
+    found: dict[str, int] = {}
+
+    def look(path: str) -> None:
+        with contextlib.suppress(OSError):
+            disk = os.statvfs(path)
+            found[path] = disk.f_blocks * disk.f_frsize
+
+    threads = [threading.Thread(target=look, args=(path,), daemon=True) for path in paths]
+    for thread in threads:
+        thread.start()
+    over_s = monotonic() + FIRST_S
+    for thread in threads:
+        thread.join(max(over_s - monotonic(), 0))
+    return dict(found)
 
 
 def _short(size_bytes: float) -> str:

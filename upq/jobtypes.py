@@ -21,7 +21,7 @@ from upq.cgroup import GroupLimits, Groups
 from upq.command import STDOUT, command_type
 from upq.draws import Bounds, Level, Plan, Token
 from upq.errors import BadParams, Broken, Disabled, Refused, RequestError, UnknownCommand
-from upq.gates import Closed
+from upq.gates import Closed, watch_disks
 from upq.job import QUEUE, REPLACE, Job, Lane, Limits, NewJob
 from upq.jobsettings import JobSettings
 from upq.loader import Loader, blame
@@ -238,6 +238,7 @@ class JobTypes:
         if NOTIFY not in sections and self._loader.has(NOTIFY):
             sections[NOTIFY] = JobSettings(NOTIFY)
         self.secret |= {name for cfg in sections.values() for name in cfg.secret}
+        watch_disks({one.path for cfg in sections.values() for one in cfg.min_free})
         self.rules = Rules(settings)
         self.by_name = {name: self._load(cfg) for name, cfg in sections.items()}
 

@@ -25,6 +25,11 @@ OOM_SCORE = 500
 _FREE_FD = 10
 _SHIM = str(Path(__file__).with_name("shim.py"))
 
+if sys.version_info < (3, 11, 6):
+    # Without cpython's gh-104372 vfork keeps Python's lock until the child has found its folder and
+    # its program: on a mount that hangs all threads would stand still.
+    subprocess._USE_VFORK = False  # type: ignore[misc]
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
