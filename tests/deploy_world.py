@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import configparser
 import contextlib
+import fcntl
 import http.client
 import json
 import os
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, Self
 from zipfile import ZipFile
 
+import pytest
 from aiosmtpd.controller import Controller
 from sqlalchemy import create_engine, make_url, text
 
@@ -124,8 +126,24 @@ def working_in(folder: Path) -> list[int]:
     return found
 
 
+@pytest.fixture(scope="session")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what `fetch_wheels` has fetched, once for all workers of a run."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder, part = shared / "wheels", shared / "wheels.part"
+    with (shared / "wheels.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            fetch_wheels(part, site_python()[0])
+            part.rename(folder)
+    return folder
+
+
 def fetch_wheels(folder: Path, python: str) -> None:
     """The wheels of what sites need, as pinned: builds need no index then."""
+    folder.mkdir(exist_ok=True)
     pins = (ROOT / "requirements/dev.txt").read_text().splitlines()
     wanted = [pin for pin in pins if pin.partition("==")[0].lower() in WHEELS]
     assert len(wanted) == len(WHEELS)
@@ -202,9 +220,9 @@ class Platform(Daemon):
 
 
 class World:
-    """One machine with everything on it."""
+    """One machine with everything on it. Its sites are built of these wheels."""
 
-    def __init__(self) -> None:
+    def __init__(self, wheels: Path) -> None:
         self.folder = short_folder()
         self.undertaker = subprocess.Popen(
             ["sh", "-c", UNDERTAKER, "undertaker", str(self.folder)],
@@ -219,15 +237,14 @@ class World:
             unavailable(str(missing))
         self.daemon = Platform(self.folder)
         self.python, self.first_uid = site_python()
-        self._set_up()
+        self._set_up(wheels)
 
-    def _set_up(self) -> None:
+    def _set_up(self, wheels: Path) -> None:
         bin_ = self.folder / "bin"
         bin_.mkdir()
         (bin_ / "python3").write_text(PYTHON3.format(folder=self.folder, python=sys.executable))
         (bin_ / "python3").chmod(0o755)
-        (self.folder / "wheels").mkdir()
-        fetch_wheels(self.folder / "wheels", self.python)
+        shutil.copytree(wheels, self.folder / "wheels")
         self.postgres.start()
         self.http, self.store = free_port(), free_port()
         nginx = self.folder / "var/nginx"

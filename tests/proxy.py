@@ -85,4 +85,5 @@ class Proxy:
                     flows.clear()
                 flows.wait()
                 sink.sendall(data)
+            flows.wait()
             sink.shutdown(socket.SHUT_WR)

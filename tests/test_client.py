@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.line_server import Desk, LineServer
+from tests.servers import free_port
 from upq import errors, protocol, wire
 from upq.client import DEFAULT_SOCKET, AsyncClient, Client, find_socket, job
 from upq.protocol import Request
@@ -177,10 +178,8 @@ def test_another_server_is_a_connection_error(server: LineServer, client: Client
 def test_no_daemon_is_an_os_error(short_tmp: Path) -> None:
     with pytest.raises(FileNotFoundError):
         Client(short_tmp / "upq.sock")
-    with LineServer(None) as server:
-        address = server.address
     with pytest.raises(ConnectionRefusedError):
-        Client(address)
+        Client(f"127.0.0.1:{free_port()}")
 
 
 def test_a_request_over_the_limit_is_not_sent(server: LineServer, client: Client) -> None:
@@ -247,12 +246,14 @@ def test_the_client_of_asyncio_does_the_same(server: LineServer) -> None:
 
 def test_the_client_of_asyncio_closes_after_a_timeout() -> None:
     async def talk(server: LineServer) -> None:
-        async with AsyncClient(server.address, timeout_s=0.1) as client:
+        async with AsyncClient(server.address) as client:
+            client.timeout_s = 0.1
             with pytest.raises(TimeoutError):
                 await client.submit("slow")
             with pytest.raises(ConnectionError, match="connect"):
                 await client.submit("fast")
             server.answer = Desk().answer
+            client.timeout_s = 5
             await client.connect()
             assert (await client.submit("fast")).id == 1
 

@@ -327,6 +327,7 @@ def unavailable_within(seconds: float) -> Iterator[None]:
     assert time.monotonic() - began_s < seconds
 
 
+@pytest.mark.alone
 @pytest.mark.usefixtures("hasty")
 @pytest.mark.timeout(60)
 def test_a_read_is_over_in_time_when_the_server_hangs_and_goes_on_at_once_after(
@@ -361,11 +362,11 @@ def test_however_many_read_when_the_server_hangs_all_are_told_in_time(
         server.pause()
 
         def fail(_: int) -> None:
-            with unavailable_within(7):
+            with unavailable_within(15):  # in turn, they would take 25 s
                 read(database)
 
-        with ThreadPoolExecutor(30) as pool:
-            list(pool.map(fail, range(30)))
+        with ThreadPoolExecutor(100) as pool:
+            list(pool.map(fail, range(100)))
         server.resume()
         with ThreadPoolExecutor(30) as pool:
             list(pool.map(read, [database] * 30))
@@ -373,13 +374,16 @@ def test_however_many_read_when_the_server_hangs_all_are_told_in_time(
 
 @pytest.mark.usefixtures("hasty")
 @pytest.mark.timeout(60)
-def test_a_connection_that_is_dead_without_a_word_is_replaced(server: PrivateServer) -> None:
+def test_a_connection_that_is_dead_without_a_word_is_replaced(
+    server: PrivateServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(db, "STATEMENT_S", 30)
     with server.database() as url, Proxy(server) as proxy, prepared(proxy.url(url)) as database:
         read(database)
         proxy.lose()
         began_s = time.monotonic()
         read(database)
-        assert time.monotonic() - began_s < 3.5
+        assert time.monotonic() - began_s < 20
 
 
 def test_a_dead_line_is_noticed_by_the_system_too(server: PrivateServer) -> None:

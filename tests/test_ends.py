@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sqlite3
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests import cancels, stores
-from tests.daemons import PATIENCE_S, Daemon, until
+from tests.daemons import PATIENCE_S, Daemon, NotStarted, until
 from tests.stores import Store
 from tests.test_process import folder_of_its_own
 from upq import UpqJob, keeper
@@ -104,17 +107,21 @@ def test_what_hangs_is_over_in_time_and_its_place_is_free(one: Daemon, type: str
 
 
 def test_other_types_run_while_jobs_hang(one: Daemon) -> None:
-    ids = [one.submit("hang how:loop @timeout:2s"), one.submit("hung how:loop @timeout:2s")]
-    for id in ids:
-        one.until_noted(f"start {id}")
+    ids = []
+    for type in ("hung", "hang"):
+        ids.append(one.submit(f"{type} how:loop"))
+        one.until_noted(f"start {ids[-1]}")
     for _ in range(5):
         assert one.run("quick how:nothing")["state"] == "done"
     assert [one.job(id)["state"] for id in ids] == ["running", "running"]
-    assert [one.wait(id)["reason"] for id in ids] == ["timeout", "timeout"]
+    for id in ids:
+        one.ask(f"cancel {id}")
+    assert [one.wait(id)["state"] for id in ids] == ["cancelled", "cancelled"]
 
 
 @pytest.mark.parametrize("type", ["hang", "hung"])
 def test_a_job_that_obeys_is_late_all_the_same(one: Daemon, type: str) -> None:
+    one.run(f"{type} how:nothing")  # what runs it is there
     job = one.run(f"{type} how:obeys @timeout:3s")
     assert (job["state"], job["reason"]) == ("failed", "timeout")
     assert job["message"] == "half of it timed out after 3 s"
@@ -128,6 +135,7 @@ def test_a_late_attempt_is_followed_by_another_if_there_are_retries(one: Daemon)
 
 @pytest.mark.parametrize("type", ["hang", "hung"])
 def test_a_job_that_is_interrupted_cleans_up(one: Daemon, type: str) -> None:
+    one.run(f"{type} how:nothing")  # what runs it is there
     job = one.run(f"{type} how:cleans @timeout:3s")
     assert job["reason"] == "timeout"
     assert f"cleaned {job['id']}" in one.ledger
@@ -164,11 +172,11 @@ def test_timeout_in_the_section_holds_for_every_kind(short_tmp: Any) -> None:
             assert job["message"].endswith("timed out after 0.3 s")
 
 
-def test_abandoned_threads_are_counted_fenced_and_too_many_are_a_restart(short_tmp: Any) -> None:
+def test_abandoned_threads_are_counted_fenced_and_too_many_are_a_restart(short_tmp: Path) -> None:
     body = """
 def run(self):
     try:
-        time.sleep(float(self.jobdata["s"]))
+        open(FOLDER / "fifo").read()
     except BaseException:
         note("interrupted")
     for act in (lambda: self.submit("quick"), lambda: self.progress(1), lambda: self.db):
@@ -180,13 +188,15 @@ def run(self):
     return "too late"
 """
     config = "[daemon]\nmax_abandoned = 1\ngrace = 1s\n[job stuck]\ntimeout = 100ms\n[job quick]"
+    os.mkfifo(short_tmp / "fifo")
     with Daemon(short_tmp, config, stuck=body, quick="def run(self): note('quick')") as daemon:
         daemon.forgiven.append("threads hang")
-        job = daemon.run("stuck s:7")
+        job = daemon.run("stuck")
         assert job["message"] == "timed out after 0.1 s and could not be stopped"
         (told,) = re.findall(r"finished: failed in ([0-9.]+) s", daemon.log)
         assert GRACE_S < float(told) < GRACE_S + 5
         assert daemon.ask("status")["abandoned"] == 1
+        (short_tmp / "fifo").write_text("")
         daemon.until_noted(f"back {job['id']}")
         refused = [line for line in daemon.ledger if line.startswith("refused")]
         assert len(refused) == 3
@@ -194,9 +204,9 @@ def run(self):
         until(lambda: daemon.ask("status")["abandoned"] == 0)
         assert daemon.job(job["id"])["result"] is None
         assert daemon.ask("jobs type:quick")["jobs"] == []
-        assert daemon.run("stuck s:1000")["reason"] == "timeout"
+        assert daemon.run("stuck")["reason"] == "timeout"
         assert daemon.is_alive
-        last = daemon.submit("stuck s:1001")
+        last = daemon.submit("stuck")
         assert daemon.until_ended() == 70
         daemon.start()
         assert daemon.job(last)["state"] == "failed"
@@ -218,7 +228,8 @@ def run(self):
         daemon.open_gate()
         for _ in range(3):
             daemon.until_ended()
-            daemon.start()
+            with suppress(NotStarted):  # it may die before it has said that it is ready
+                daemon.start()
         job = daemon.wait(id)
         assert (job["state"], job["reason"], daemon.ledger) == ("failed", "crashed", ["start"] * 3)
         assert daemon.run("quick")["state"] == "done"
@@ -261,7 +272,9 @@ def inside(door: Door, act: Callable[[], Any]) -> tuple[threading.Thread, list[A
     return thread, out
 
 
-def spin_until(go: threading.Event) -> str:
+def spin_until(go: threading.Event, begun: threading.Event | None = None) -> str:
+    if begun is not None:
+        begun.set()
     while not go.is_set():
         pass
     return "by itself"
@@ -279,15 +292,16 @@ def test_a_thread_is_interrupted_once_and_only_inside() -> None:
 
 
 def test_nothing_is_raised_in_a_thread_that_holds_what_others_need() -> None:
-    go, door = threading.Event(), Door()
     source = "def hold(spin):\n    return spin()"
     for package in ("upq.writer", "logging", "sqlalchemy.pool.impl"):
         space: dict[str, Any] = {"__name__": package}
         code = compile(source, package, "exec")
         # As if the package had called back.
         hold = type(spin_until)(next(c for c in code.co_consts if hasattr(c, "co_code")), space)
-        door, go = Door(), threading.Event()
-        thread, out = inside(door, lambda hold=hold, go=go: hold(lambda: spin_until(go)))
+        door, go, begun = Door(), threading.Event(), threading.Event()
+        spin = partial(spin_until, go, begun)
+        thread, out = inside(door, partial(hold, spin))
+        assert begun.wait(PATIENCE_S)
         for _ in range(20):
             assert not door.interrupt()
         assert door.wanted
@@ -330,11 +344,12 @@ def test_what_has_come_out_cannot_be_given_up() -> None:
 
 def test_a_job_that_was_given_up_can_ask_for_nothing() -> None:
     job = UpqJob("work", {}, desk=object())  # type: ignore[arg-type]
-    job.door = Door()
-    thread, _ = inside(job.door, lambda: time.sleep(0.2))
+    job.door, go = Door(), threading.Event()
+    thread, _ = inside(job.door, lambda: go.wait(PATIENCE_S))
     until(job.door.give_up)
     with pytest.raises(UpqError, match="was given up"):
         job.submit("other")
+    go.set()
     thread.join(PATIENCE_S)
 
 

@@ -14,11 +14,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import psycopg
 import pytest
 
+from tests import deploy_world
 from tests.daemons import ROOT, until
 from tests.deploy_world import EXAMPLE, FIRST_UID, PATIENCE_S, PLAIN, World
 from tests.test_docs import commands, fits
@@ -35,10 +37,12 @@ TASKS = {
 }  # fmt: skip
 BROKEN = {"app.py": "import nosuch\n\napplication = nosuch.site\n"}
 
+wheels = deploy_world.wheels
+
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    with World() as made:
+def world(wheels: Path) -> Iterator[World]:
+    with World(wheels) as made:
         yield made
 
 

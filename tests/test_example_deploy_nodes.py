@@ -18,11 +18,14 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from tests import deploy_world
 from tests.conftest import unavailable
 from tests.daemons import until
 from tests.deploy_world import PATIENCE_S, PLAIN, Platform, World, working_in
 from tests.servers import Postgres, short_folder
 from tests.test_example_deploy import HANGING, TASKS
+
+wheels = deploy_world.wheels
 
 
 @pytest.fixture
@@ -88,13 +91,13 @@ def test_djz_02_03_04_each_node_looks_at_its_own_queues_only(folder: Path, url: 
 
 
 @pytest.fixture
-def fleet(url: str) -> Iterator[tuple[World, dict[str, Platform]]]:
+def fleet(url: str, wheels: Path) -> Iterator[tuple[World, dict[str, Platform]]]:
     """A node for each kind of work, two of them appservers, and one that has only users."""
     pools = {
         "usercontrol": "usercontrol", "build": "build placement", "database": "database",
         "proxy": "proxy", "one": "appserver", "two": "appserver",
     }  # fmt: skip
-    with World() as world, ExitStack() as running:
+    with World(wheels) as world, ExitStack() as running:
         world.daemon.end()
         ini = configparser.ConfigParser(interpolation=None)
         ini.read(world.folder / "deploy.ini")

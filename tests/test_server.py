@@ -248,7 +248,7 @@ def test_a_line_that_comes_drop_by_drop_has_no_more_time(tight: Daemon) -> None:
 
 
 def test_an_idle_connection_is_told_and_closed_but_not_while_it_waits(tight: Daemon) -> None:
-    start(tight, idle="300ms")
+    start(tight, idle="1s")
     id = tight.submit("hold")
     with tight.talk() as waiting, tight.talk() as idle:
         waiting.send(f"wait {id}\n")
@@ -394,6 +394,7 @@ def test_a_door_that_cannot_have_its_spare_descriptor_back_takes_no_other(
 # Much at once ----------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_a_good_client_is_served_beside_three_hundred_idle_and_slow_ones(tight: Daemon) -> None:
     start(tight, max_connections=400, max_per_peer=400, line="3s")
     before = sockets(tight), threads(tight), tight.rss_mib()

@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import GIVEN, note_database, unavailable
+from tests.conftest import GIVEN, note_database, private, unavailable
 from tests.daemons import PATIENCE_S, ROOT, Daemon, NotStarted, Talk, acting_as, until
-from tests.servers import PrivateServer, Server, short_folder
+from tests.servers import MariaDB, Postgres, PrivateServer, Server, short_folder
 from upq import when
 
 # The jobs --------------------------------------------------------------------------------------
@@ -255,11 +255,11 @@ def trip(shared: Daemon, request: pytest.FixtureRequest) -> Iterator[Daemon]:
 
 
 def until_idle(daemon: Daemon) -> None:
-    """Until nothing is left to do; but for notifications, which wait for a mail server."""
+    """Until nothing is left to do. Notifications would wait for a mail server for hours."""
 
     def is_idle() -> bool:
-        queues = [q for q in daemon.ask("queues")["queues"] if q["type"] != "notify"]
-        return not any(q["queued"] or q["running"] for q in queues)
+        daemon.ask("cancel type:notify")
+        return not any(q["queued"] or q["running"] for q in daemon.ask("queues")["queues"])
 
     until(is_idle)
 
@@ -497,14 +497,16 @@ def test_a_repeated_key_answers_the_first_id_and_other_params_conflict(trip: Dae
 
 
 def test_a_delayed_job_starts_when_it_is_due_and_not_before(trip: Daemon) -> None:
+    late = trip.submit("other @in:1h")
+    waiting, why = trip.job(late), trip.why(late)
+    trip.ask(f"cancel {late}")
+    assert waiting["state"] == "queued"
+    assert "not to start before" in why
     began = time.time()
     at, after = trip.submit(f"other @at:{in_(0.4)}"), trip.submit("other @in:300ms")
-    waiting = trip.job(at)
-    assert waiting["state"] == "queued"
-    assert "not to start before" in trip.why(at)
     for id, delay_s in ((at, 0.4), (after, 0.3)):
         started = when.instant(trip.wait(id)["started_at"]) / 1e6
-        assert delay_s <= started - began < delay_s + 1.5
+        assert delay_s <= started - began < delay_s + 10
     assert trip.run(f"other @at:{in_(-3600)}")["state"] == "done", "a time that is over"
 
 
@@ -954,7 +956,7 @@ def test_the_client_of_the_first_upq_in_php_works_unchanged(lone: Daemon) -> Non
 def test_nc_is_a_client(lone: Daemon) -> None:
     lone.configure("[job test]")
     lone.start()
-    for flag in ("-N", "-q1"):
+    for flag in ("-N", "-q5"):
         told = subprocess.run(
             ["nc", flag, "-U", f"{lone.folder}/s"],
             input="test\n", capture_output=True, check=True, text=True, timeout=PATIENCE_S,
@@ -1027,6 +1029,7 @@ def run(self):
     id = fresh.submit("family")
     until(lambda: any(line.startswith("start") for line in fresh.ledger))
     before = [child["id"] for child in fresh.ask(f"show {id}")["children"]]
+    until(lambda: fresh.job(id)["reason"] == f"waits for {before[1]}")
     fresh.restart()
     fresh.open_gate()
     job = fresh.wait(id)
@@ -1160,17 +1163,19 @@ def test_jobs_of_a_type_that_is_gone_wait_and_stop_nobody(fresh: Daemon) -> None
 
 
 @pytest.mark.timeout(90)
-@pytest.mark.parametrize("kind", ["mariadb", "postgres"])
+@pytest.mark.parametrize("kind", [MariaDB, Postgres])
 def test_while_the_database_hangs_every_question_is_answered_in_time(
-    short_tmp: Path, request: pytest.FixtureRequest, kind: str
+    short_tmp: Path, kind: type[PrivateServer]
 ) -> None:
-    server: PrivateServer = request.getfixturevalue(kind)
-
     def timed(line: str) -> tuple[str, float]:
         began_s = time.monotonic()
         return daemon.say(line), time.monotonic() - began_s
 
-    with server.database() as url, Daemon(short_tmp, "[job echo]", url, **JOBS) as daemon:
+    with (
+        contextlib.contextmanager(private)(kind) as server,  # the other daemon of `trip` lives on
+        server.database() as url,
+        Daemon(short_tmp, "[job echo]", url, **JOBS) as daemon,
+    ):
         daemon.forgiven = ["cannot be written to"]
         id = daemon.run("echo")["id"]
         lines = ["status", "queues", "jobs", "nodes", f"show {id}", f"why {id}", f"output {id}"]
@@ -1180,13 +1185,13 @@ def test_while_the_database_hangs_every_question_is_answered_in_time(
             try:
                 for reply, took_s in pool.map(timed, lines):
                     assert reply.startswith("ERR unavailable the database cannot be read: ")
-                    assert took_s <= 12
+                    assert took_s < 15  # 5 to find a connection dead, and 5 to make another
             finally:
                 server.resume()
             for reply, took_s in pool.map(timed, lines):
                 assert not reply.startswith("ERR unavailable ")
-                assert took_s < 2
-        until(lambda: daemon.say("echo").startswith("ACK "), 5)
+                assert took_s < 5
+        until(lambda: daemon.say("echo").startswith("ACK "))
 
 
 # Plugins ---------------------------------------------------------------------------------------
@@ -1349,8 +1354,7 @@ def test_a_job_class_that_fails_when_it_is_run_fails_the_job_and_keeps_its_place
     lone.configure("[job rude]")
     lone.start()
     for _ in range(2):
-        id = lone.submit("rude")
-        assert lone.ask(f"wait {id} timeout:2s")["job"]["state"] == "failed"
+        assert lone.run("rude")["state"] == "failed"
 
 
 # Threads and queues ----------------------------------------------------------------------------

