@@ -95,8 +95,8 @@ class Daemon:
         self._wake_r, self._wake_w = os.pipe()
         os.set_blocking(self._wake_w, False)
         self.exit_status = 0
-        # When the watchdog's thread last woke the claimer.
-        self._woken_s = 0.0
+        # When the watchdog was last told that we live.
+        self._told_s = 0.0
         # Threads that store the ends of jobs which are given up.
         self._declaring: list[threading.Thread] = []
         # Set for the next start to find that this one did not end well.
@@ -345,18 +345,21 @@ class Daemon:
 
     def _feed_watchdog(self, interval_s: float) -> None:
         """Not a chore: chores wait for a database that may be slow."""
-        while not self._stopped.wait(interval_s):
-            self._ping_watchdog()
+        wait_s = interval_s
+        while not self._stopped.wait(wait_s):
+            wait_s = interval_s if self._ping_watchdog() else min(interval_s, 1.0)
 
-    def _ping_watchdog(self) -> None:
-        """Tell systemd that we live: the claimer has come round since we woke it last, and clients
+    def _ping_watchdog(self) -> bool:
+        """Tell systemd that we live: the claimer has come round since we told it last, and clients
         are heard.
         """
         deaf_s = time.monotonic() - self._lobby.ticked_s
-        if self._claimer.ticked_s >= self._woken_s and deaf_s < DEAF_S:
+        lives = self._claimer.ticked_s >= self._told_s and deaf_s < DEAF_S
+        if lives:
             systemd.notify("WATCHDOG=1")
-        self._woken_s = time.monotonic()
-        self._claimer.wake()
+            self._told_s = time.monotonic()
+            self._claimer.wake()
+        return lives
 
     # Signals
 
