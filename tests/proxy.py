@@ -68,15 +68,22 @@ class Proxy:
         return not self._flows.is_set()
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
+        while True:
+            try:
                 client, _ = self._listener.accept()
-                server = socket.socket(socket.AF_UNIX)
+            except OSError:  # closed
+                return
+            server = socket.socket(socket.AF_UNIX)
+            try:
                 server.connect(self._target)
-                self._socks += [client, server]
-                for pair in ((client, server), (server, client)):
-                    args = (*pair, self._flows)
-                    threading.Thread(target=self._forward, args=args, daemon=True).start()
+            except OSError:  # the server is away: so it is for the client
+                client.close()
+                server.close()
+                continue
+            self._socks += [client, server]
+            for pair in ((client, server), (server, client)):
+                args = (*pair, self._flows)
+                threading.Thread(target=self._forward, args=args, daemon=True).start()
 
     def _forward(self, source: socket.socket, sink: socket.socket, flows: threading.Event) -> None:
         with contextlib.suppress(OSError):

@@ -32,17 +32,18 @@ PROGRAM_FOLDERS = [*map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin"))[:
 #: works in the folder, as every process of a server does, and removes the folder. Before it kills,
 #: it asks: a PostgreSQL that is killed leaves a segment of shared memory behind.
 UNDERTAKER = """
-each() {
+pids() {
     for process in /proc/[0-9]*; do
-        case $(readlink "$process/cwd") in "$folder"*) kill "$1" "${process#/proc/}" && met=1;; esac
+        case $(readlink "$process/cwd") in "$folder"*) echo "${process#/proc/}";; esac
     done
 }
 folder=$1
 cat
-each -QUIT
-each -CONT
+met=$(pids)
+kill -QUIT $met
+kill -CONT $met
 [ "$met" ] && sleep 1
-each -KILL
+kill -KILL $(pids)
 rm -rf "$folder"
 """
 

@@ -20,7 +20,7 @@ from sqlalchemy import create_engine
 
 from tests.jobkit import FakeDesk
 from upq import params, trees
-from upq.command import STDOUT, CommandJob, command_type
+from upq.command import STDOUT, CommandJob, Pipes, command_type
 from upq.errors import Abort, BadParams
 from upq.spawn import Limits
 from upq.trees import Lifeline, Tree, end_orphans
@@ -63,6 +63,17 @@ def pids_in(file: Path, count: int) -> list[int]:
     """The pids that a command has written to a file, one a line."""
     wait_for(lambda: file.exists() and file.read_text().count("\n") >= count)
     return [int(line) for line in file.read_text().split()]
+
+
+def time_counts_after(monkeypatch: pytest.MonkeyPatch, begun: Callable[[], object]) -> None:
+    """Have the timeouts of commands count only from when `begun` returns."""
+    follow = CommandJob._follow
+
+    def wait(running: CommandJob, pid: int, pipes: Pipes) -> None:
+        begun()
+        follow(running, pid, pipes)
+
+    monkeypatch.setattr(CommandJob, "_follow", wait)
 
 
 def in_thread(running: CommandJob) -> threading.Thread:
@@ -313,10 +324,16 @@ def reporting(script: str, on: int, **facts: Any) -> tuple[CommandJob, list[dict
     return running, desk.progressed
 
 
-def test_lines_on_a_chosen_descriptor_are_progress() -> None:
-    script = "echo out; echo progress: 40% half of it >&3; sleep 0.6; echo progress: 3/4 >&3"
+def test_lines_on_a_chosen_descriptor_are_progress(tmp_path: Path, token: int) -> None:
+    wait = f"until [ -e '{tmp_path}/seen' ]; do sleep 0.02; done"
+    script = f"echo out; echo progress: 40% half of it >&3; {wait}; echo progress: 3/4 >&3"
     done, progressed = reporting(script, 3)
-    assert done.run() is True
+    done.token = token
+    thread = in_thread(done)
+    wait_for(lambda: progressed)
+    (tmp_path / "seen").touch()
+    thread.join(10)
+    assert done.result == {"exit_code": 0}
     assert progressed[0] == {"done": 40.0, "total": 100.0, "text": "half of it"}
     assert done.last_progress == {"done": 3.0, "total": 4.0, "text": ""}
     assert text(done) == "out\n"
@@ -380,7 +397,7 @@ def test_huge_output_is_drained_within_bounds(script: str, facts: dict[str, Any]
     started_s = time.monotonic()
     done = shell(script, str(OUTPUT_MIB // 2 * MIB), **facts)
     assert done.run() is True
-    assert time.monotonic() - started_s < 10
+    assert time.monotonic() - started_s < 60
     assert peak_kib() - before_kib < 32 * 1024
     output = done.captured()
     assert output is not None
@@ -401,7 +418,7 @@ def test_a_grandchild_that_holds_the_output_is_not_waited_for(token: int) -> Non
     done.token = token
     started_s = time.monotonic()
     assert done.run() is False
-    assert 2 <= time.monotonic() - started_s < 4
+    assert 2 <= time.monotonic() - started_s < 10
     assert done.result == {"exit_code": 4}
     assert is_running(int(text(done))), "what a command left behind on purpose is left alone"
 
@@ -415,14 +432,17 @@ def test_a_command_that_closes_its_output_is_still_waited_for() -> None:
 # Timeout and cancel.
 
 
-def test_timeout_ends_the_whole_group(tmp_path: Path, token: int) -> None:
+def test_timeout_ends_the_whole_group(
+    tmp_path: Path, token: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pids = tmp_path / "pids"
+    time_counts_after(monkeypatch, lambda: pids_in(pids, 51))
     script = "for n in $(seq 50); do sleep 999 & echo $! >> $0; done; echo $$ >> $0; wait"
-    done = shell(script, str(pids), timeout_s=1)
+    done = shell(script, str(pids), timeout_s=1, grace_s=60)
     done.token = token
     started_s = time.monotonic()
     assert done.run() is False
-    assert 1 <= time.monotonic() - started_s < 4, "TERM is enough, no grace is waited for"
+    assert 1 <= time.monotonic() - started_s < 60, "TERM is enough, no grace is waited for"
     assert (done.ended_by, done.msgstr) == ("timeout", "timed out after 1 s")
     assert not any(map(is_running, pids_in(pids, 51)))
 
@@ -430,8 +450,8 @@ def test_timeout_ends_the_whole_group(tmp_path: Path, token: int) -> None:
 @pytest.mark.parametrize(
     "script",
     [
-        "trap '' TERM; while :; do sleep 0.1; done",
-        "(trap '' TERM; while :; do sleep 0.1; done) & echo $! >> $0; wait",
+        "trap '' TERM; echo $$ >> $0; while :; do sleep 0.1; done",
+        "sh -c 'trap \"\" TERM; echo $$ >> $0; while :; do sleep 0.1; done' $0 & wait",
     ],
     ids=["leader", "child"],
 )
@@ -439,16 +459,22 @@ def test_what_ignores_term_is_killed_after_the_grace(
     tmp_path: Path, token: int, script: str
 ) -> None:
     pids = tmp_path / "pids"
-    done = shell(f"echo $$ >> $0; {script}", str(pids), timeout_s=0.5, grace_s=1)
+    done = shell(f"echo $$ >> $0; {script}", str(pids), grace_s=1)
     done.token = token
+    thread = in_thread(done)
+    found = pids_in(pids, 2)
     started_s = time.monotonic()
-    assert done.run() is False
-    assert 1.5 <= time.monotonic() - started_s < 0.5 + 1 + 1
-    assert not any(map(is_running, pids_in(pids, 1)))
+    done.cancel()
+    thread.join(10)
+    assert 1 <= time.monotonic() - started_s < 5
+    assert not any(map(is_running, found))
 
 
-def test_what_left_the_group_is_ended_too(tmp_path: Path, token: int) -> None:
+def test_what_left_the_group_is_ended_too(
+    tmp_path: Path, token: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pids = tmp_path / "pids"
+    time_counts_after(monkeypatch, lambda: pids_in(pids, 2))
     script = "setsid sh -c 'echo $$ >> $0; exec sleep 999' $0 & echo $$ >> $0; wait"
     done = shell(script, str(pids), timeout_s=1)
     done.token = token
@@ -466,14 +492,13 @@ def test_what_is_written_on_term_is_kept() -> None:
     assert (done.ended_by, done.msgstr) == ("cancel", "cancelled")
 
 
-def test_cancel_wakes_a_silent_command() -> None:
-    done = job("sleep 999")
+def test_cancel_wakes_a_silent_command(token: int) -> None:
+    done = job("sleep 999", grace_s=60)
+    done.token = token
     thread = in_thread(done)
     wait_for(lambda: done._wake is not None)
-    started_s = time.monotonic()
     done.cancel()
     thread.join(10)
-    assert time.monotonic() - started_s < 4
     assert done.ended_by == "cancel"
     assert done.result == {"exit_code": -signal.SIGTERM}
 
@@ -494,7 +519,8 @@ def test_cancel_after_the_end_changes_nothing() -> None:
 
 
 def test_cancels_at_any_moment_of_short_commands_never_hang_or_leak() -> None:
-    before = os.listdir("/proc/self/fd")
+    job("true").run()
+    before = set(os.listdir("/proc/self/fd"))  # what other tests have left open may be closed
     for delay_ms in range(8):
         done = job("true")
         timer = threading.Timer(delay_ms / 2000, done.cancel)
@@ -502,7 +528,7 @@ def test_cancels_at_any_moment_of_short_commands_never_hang_or_leak() -> None:
         succeeded = done.run()
         timer.join()
         assert succeeded is (done.ended_by is None)
-    assert os.listdir("/proc/self/fd") == before
+    assert set(os.listdir("/proc/self/fd")) <= before
 
 
 def test_an_exception_that_breaks_in_kills_the_command(

@@ -55,7 +55,7 @@ def uses(folder: Path) -> list[str]:
 def test_the_demo_loses_nothing_and_leaves_nothing(short_tmp: Path) -> None:
     done = subprocess.run(
         command(), env=environment(short_tmp), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, timeout=60, check=False,
+        stderr=subprocess.STDOUT, text=True, timeout=110, check=False,
     )  # fmt: skip
     said = done.stdout
     assert done.returncode == 0, said

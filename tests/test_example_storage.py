@@ -457,7 +457,7 @@ def test_kill_9_in_the_middle_of_a_convert_leaves_the_disk_whole_and_the_copy_co
     short_tmp: Path,
 ) -> None:
     site = Site(short_tmp)
-    slow = 'convert) shift; exec "$program" convert -r 8M "$@"'
+    slow = 'convert) shift; exec "$program" convert -r 2M "$@"'
     with held_up(site, "qemu-img", f'case $1 in {slow};; *) exec "$program" "$@";; esac'):
         disk = site.made("big.qcow2", os.urandom(24 * MB))
         id = site.submit("convert pool:fast disk:big.qcow2 to:copy.qcow2")

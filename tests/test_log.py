@@ -263,13 +263,13 @@ def test_nobody_else_may_read_or_inherit_the_file(file: Path) -> None:
 
 
 def test_a_second_setup_takes_the_place_of_the_first(file: Path) -> None:
-    before = len(os.listdir("/proc/self/fd"))
     log.setup(logfile=file.with_name("first.log"))
     log.setup("debug", logfile=file)
     logger.debug("once")
     assert messages(file) == ["once"]
     assert file.with_name("first.log").read_text() == ""
-    assert len(os.listdir("/proc/self/fd")) == before + 1
+    opened = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+    assert [path for path in opened if path.startswith(f"{file.parent}/")] == [str(file)]
 
 
 def test_a_file_that_cannot_be_opened_is_an_error_at_setup(tmp_path: Path) -> None:

@@ -137,6 +137,7 @@ def test_one_place_busy_then_high_default_and_low(site: Callable[..., Site]) -> 
     assert line.started == [*first, high, default, low]
 
 
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("shared", [False, True])
 def test_ten_thousand_jobs_over_three_priorities_without_an_inversion(
     site: Callable[..., Site], shared: bool
@@ -348,6 +349,19 @@ def most_within(starts: list[int], window_us: int) -> int:
     return most
 
 
+def submit_for(line: Site, seconds: float) -> float:
+    """Submit jobs for so long; how much of the time stalls have taken, of the machine or the
+    database. A burst makes up for a short one; what a long one leaves out of a rate is lost.
+    """
+    over_s = time.monotonic() + seconds
+    stalled_s = 0.0
+    while (began_s := time.monotonic()) < over_s:
+        line.queue(1)
+        time.sleep(0.05)
+        stalled_s += max(time.monotonic() - began_s - 0.1, 0)
+    return stalled_s
+
+
 def test_a_rate_is_kept_under_pressure(site: Callable[..., Site]) -> None:
     """The daemon's test takes 20 s; here all databases have 5 s, and jobs that come meanwhile."""
     line = site("[job work]\nrate = 100/s\nconcurrent = 4")
@@ -356,15 +370,13 @@ def test_a_rate_is_kept_under_pressure(site: Callable[..., Site]) -> None:
     line.begin()
     line.held = ""
     line.claimer.heat()
-    over_s = time.monotonic() + 5
-    while time.monotonic() < over_s:
-        line.queue(1)
-        time.sleep(0.05)
+    until(lambda: line.started)
+    stalled_s = submit_for(line, 5)
     line.claimer.stop()
     starts = starts_us(line.store)
     inside = [at for at in starts if at < starts[0] + 5_000_000]
     assert most_within(starts, 1_000_000) <= 100 + 20
-    assert 500 * 0.93 <= len(inside) <= 500 + 20
+    assert 500 * 0.93 - 100 * stalled_s <= len(inside) <= 500 + 20
 
 
 def test_a_rate_is_of_a_type_whatever_the_queue(site: Callable[..., Site]) -> None:
@@ -423,14 +435,14 @@ def test_two_daemons_share_a_rate(site: Callable[..., Site], store: Store) -> No
         for line in lines:
             line.held = ""
             line.claimer.heat()
-        time.sleep(5)
+        until(lambda: lines[0].started or lines[1].started)
+        stalled_s = submit_for(lines[0], 5)
         for line in lines:
             line.end()
         starts = starts_us(store)
         inside = [at for at in starts if at < starts[0] + 4_500_000]
         assert most_within(starts, 1_000_000) <= 55
-        # What a stall longer than the burst (0.1 s) leaves out is lost: a loaded machine has some.
-        assert 225 * 0.7 <= len(inside) <= 225 + 5
+        assert 225 * 0.7 - 50 * stalled_s <= len(inside) <= 225 + 5
         assert all(line.started for line in lines)
 
 
@@ -538,14 +550,20 @@ def test_a_gate_that_opens_lets_the_jobs_go(
     site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = site("[job work]\nmin_free = / 1K\n[job other]")
-    opens = when.now() + 400_000
-    closed = Closed("disk", opens)
-    monkeypatch.setattr(Free, "closed", lambda free, now: closed if now < opens else None)
+    is_open = threading.Event()
+
+    def closed(free: Free, now: int) -> Closed | None:
+        return None if is_open.is_set() else Closed("disk", now + 100_000)
+
+    monkeypatch.setattr(Free, "closed", closed)
     line.begin()
     other = line.queue(1, type="other")
     gated = line.queue(3)
     lane = line.store.queue.lane("work", "work")
     assert line.claimer.reason(lane) == "disk"
+    until(lambda: line.started == other)
+    opens = when.now()
+    is_open.set()
     until(lambda: line.done() == 4)
     assert line.started == other + gated
     assert starts_us(line.store)[1] >= opens

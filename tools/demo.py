@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("upq", "jobs", "tests", "docs", "packaging")
 FILES = 60
 DAMAGED_FID = 17
-SLOW = "test sleep:0.2"
+#: They keep the daemon busy until it is killed; each needs the one place of its type.
+SLOW = ["test sleep:1"] * 5
 #: How long the demo waits for the daemon to do anything.
 PATIENCE_S = 60.0
 #: Settings of the caller's that would lead to another daemon than the demo's.
@@ -65,10 +66,9 @@ class Demo:
         for failed in self.cli("-q", "jobs state:failed").split():
             self.cli(f"wait {failed}")
 
-        slow = [SLOW] * max(5, load // 50)
-        self.say(f"Give it {load:,} more verifications and {len(slow)} slow jobs; kill it midway.")
+        self.say(f"Give it {load:,} more verifications and {len(SLOW)} slow jobs; kill it midway.")
         enough = self.ask("status")["jobs"]["done"] + load // 4
-        self.submit_file("load", [*slow, *verify[:load]])
+        self.submit_file("load", [*SLOW, *verify[:load]])
         self.until(lambda jobs: jobs["done"] >= enough)
         self.kill9()
 
