@@ -139,6 +139,7 @@ def test_the_audit_accepts_a_job_that_three_kills_have_met() -> None:
 
 
 @pytest.mark.alone
+@pytest.mark.timeout(300)
 def test_kill_9_loses_nothing(url: str, short_tmp: Path) -> None:
     kills = 25 if url.startswith("sqlite") else 10
     with Trial(Store(short_tmp, url)) as trial:
