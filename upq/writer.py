@@ -29,8 +29,9 @@ BATCH_CHANGES, BATCH_BYTES = 256, 2 << 20
 OWN_CODES = (1, 18, 20, 25, 1153, 4035)
 #: Connections lost in a row over the same changes before they are tried one by one.
 SUSPICIOUS = 3
-#: How often a transaction is repeated because of a deadlock.
-DEADLOCKS = 5
+#: How often a transaction is repeated because of a deadlock, and for how many seconds at the most:
+#: one that waits for a lock in vain takes 5 s. Between two tries it rests so long, and no longer.
+DEADLOCKS, DEADLOCKS_S, DEADLOCK_REST_S = 10, 25.0, 0.3
 #: Seconds between two tries to reach a database that is away.
 PROBE_S = 1.0
 
@@ -267,12 +268,14 @@ class Writer:
     def _transaction(self, changes: Sequence[Any], alone: bool) -> Applied:
         """One transaction, repeated on a deadlock. Raises Replay, Unavailable, Uncertain."""
         attempt = 0
+        over_s = time.monotonic() + DEADLOCKS_S
         while True:
             try:
                 applied = self._once(changes, alone)
                 break
             except self._errors as error:
-                if attempt == DEADLOCKS or not self._is_passing(error, alone):
+                is_over = attempt == DEADLOCKS or time.monotonic() > over_s
+                if is_over or not self._is_passing(error, alone):
                     self._judge(error, alone)
                 self._rollback()
             except (Replay, RequestError):
@@ -284,7 +287,8 @@ class Writer:
                 raise Replay(f"a fault of upq: {one_line(error)}") from error
             attempt += 1
             self.retried += 1
-            time.sleep(0.01 * 2**attempt * random.uniform(0.5, 1.5))
+            rest_s = min(0.01 * 2**attempt, DEADLOCK_REST_S)
+            time.sleep(rest_s * random.uniform(0.5, 1.5))
         self.commits += 1
         self._broken = 0
         if self.trouble:
