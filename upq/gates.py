@@ -5,7 +5,6 @@ Text that cannot be read raises ValueError with a sentence fit for a user.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import threading
@@ -242,27 +241,26 @@ def watch_disks(paths: Collection[str]) -> None:
     for path, disk in old.items():
         if path not in _disks:
             disk.leave()
-    over_s = monotonic() + FIRST_S
-    for disk in _disks.values():
-        disk.answered.wait(max(over_s - monotonic(), 0))
+    _await_answers(_disks.values())
 
 
 def disk_sizes(paths: Collection[str]) -> dict[str, int]:
     """How many bytes the file systems of these folders have in all, of those that answer soon."""
-    found: dict[str, int] = {}
+    disks = [_disks.get(path) or Disk(path) for path in paths]
+    _await_answers(disks)
+    sizes = {}
+    for disk in disks:
+        if _disks.get(disk.path) is not disk:
+            disk.leave()
+        if isinstance(found := disk.found(), os.statvfs_result):
+            sizes[disk.path] = found.f_blocks * found.f_frsize
+    return sizes
 
-    def look(path: str) -> None:
-        with contextlib.suppress(OSError):
-            disk = os.statvfs(path)
-            found[path] = disk.f_blocks * disk.f_frsize
 
-    threads = [threading.Thread(target=look, args=(path,), daemon=True) for path in paths]
-    for thread in threads:
-        thread.start()
+def _await_answers(disks: Collection[Disk]) -> None:
     over_s = monotonic() + FIRST_S
-    for thread in threads:
-        thread.join(max(over_s - monotonic(), 0))
-    return dict(found)
+    for disk in disks:
+        disk.answered.wait(max(over_s - monotonic(), 0))
 
 
 def _short(size_bytes: float) -> str:
