@@ -40,13 +40,19 @@ def over_ids(dialect: str) -> Any:
     return rows(dialect, id=int)
 
 
-def of_jobs(*columns: Any) -> Callable[[str], ClauseElement]:
+def of_jobs(*columns: Any) -> Callable[[str], sa.Select[Any]]:
     """Their ids and these columns."""
 
-    def build(dialect: str) -> ClauseElement:
+    def build(dialect: str) -> sa.Select[Any]:
         return sa.select(job.c.id, *columns).where(job.c.id == over_ids(dialect).c.id)
 
     return build
+
+
+def lock_jobs(*columns: Any) -> Callable[[str], ClauseElement]:
+    """Their ids and these columns, which nobody changes before the commit."""
+    read = of_jobs(*columns)
+    return lambda dialect: read(dialect).with_for_update(of=job)
 
 
 def delete_by(column: sa.Column[Any]) -> Callable[[str], ClauseElement]:

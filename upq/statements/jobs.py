@@ -8,7 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.sql import ClauseElement
 
-from upq.clauses import CHUNK, CLAIMED, big, insert_into, over_ids, word
+from upq.clauses import CHUNK, CLAIMED, big, insert_into, lock_jobs, over_ids, word
 from upq.job import QUEUED, RUNNING
 from upq.schema import counter, event, job, lane, limit, output, step, tally
 from upq.sql import Sql, rows
@@ -149,11 +149,6 @@ def by_key(column: sa.Column[Any]) -> Callable[[str], ClauseElement]:
     return build
 
 
-def states_of(dialect: str) -> ClauseElement:
-    r = over_ids(dialect)
-    return sa.select(job.c.id, job.c.state).where(job.c.id == r.c.id).with_for_update(of=job)
-
-
 def cancelled_of(dialect: str) -> ClauseElement:
     """Of these jobs, those that somebody wants to end."""
     r = over_ids(dialect)
@@ -186,7 +181,7 @@ START_JOBS = Sql(start_jobs, each=True)
 END_ATTEMPTS = Sql(end_attempts, each=True)
 BY_IDEM_KEY = Sql(by_key(job.c.idem_key), each=True)
 BY_CHILD_KEY = Sql(by_key(job.c.child_key), each=True)
-STATES_OF = Sql(states_of, each=True)
+STATES_OF = Sql(lock_jobs(job.c.state), each=True)
 CANCELLED_OF = Sql(cancelled_of, each=True)
 MAKE_READY = Sql(make_ready, each=True)
 #: Whether the batch whose first event this would be was committed.

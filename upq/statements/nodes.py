@@ -5,16 +5,10 @@ from __future__ import annotations
 import sqlalchemy as sa
 from sqlalchemy.sql import ClauseElement
 
-from upq.clauses import CHUNK, CLAIMED, big, over_ids, word
+from upq.clauses import CHUNK, CLAIMED, big, lock_jobs, word
 from upq.job import RUNNING
 from upq.schema import job, node
 from upq.sql import Sql, rows
-
-
-def tokens_of(dialect: str) -> ClauseElement:
-    """Ids and claims, locked: a commit of the dead may still be under way."""
-    r = over_ids(dialect)
-    return sa.select(job.c.id, job.c.token).where(job.c.id == r.c.id).with_for_update(of=job)
 
 
 def requeue_jobs(dialect: str) -> ClauseElement:
@@ -68,5 +62,6 @@ RUNNING_OF = Sql(
     .order_by(job.c.id)
     .limit(CHUNK)
 )
-TOKENS_OF = Sql(tokens_of, each=True)
+#: Locked: a commit of the dead may still be under way.
+TOKENS_OF = Sql(lock_jobs(job.c.token), each=True)
 REQUEUE_JOBS = Sql(requeue_jobs)
